@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
 
-use argon2::password_hash::{PasswordHasher as _, PasswordVerifier as _, phc::PasswordHash};
-use argon2::{Algorithm, Argon2, Params, Version};
+use argon2::password_hash::{PasswordHasher as _, phc::Output, phc::PasswordHash};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
 
 use super::PolicyError;
 use crate::proto::MAX_CREDENTIAL_LEN;
@@ -32,6 +32,30 @@ pub struct Users {
 
 /// A hash of argon2id, or else of bcrypt. `Debug` omits it.
 struct StoredHash(String);
+
+/// The memory of a hash of argon2id. Further hashes reuse it; when it is dropped, the kernel gets it back.
+#[derive(Debug, Default)]
+pub struct HashMemory(Vec<Block>);
+
+impl HashMemory {
+    /// The allocator maps at least 33 MiB on their own, and unmaps them when they are freed. It keeps smaller areas for
+    /// later, as many as there are threads. Memory that no hash uses remains untouched, and takes only addresses.
+    const MIN_BLOCKS: usize = 33 << 10;
+
+    /// Returns blocks of 1 KiB with any content, or `None` without memory.
+    fn blocks(&mut self, count: usize) -> Option<&mut [Block]> {
+        let Self(blocks) = self;
+        if blocks.capacity() < count {
+            // Freed first, so that the old and the new memory do not add up.
+            *blocks = Vec::new();
+            blocks.try_reserve_exact(count.max(Self::MIN_BLOCKS)).ok()?;
+        }
+        if blocks.len() < count {
+            blocks.resize(count, Block::new());
+        }
+        blocks.get_mut(..count)
+    }
+}
 
 impl fmt::Debug for StoredHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -66,11 +90,11 @@ impl Users {
 
     /// Returns whether `passwd` is the password of `uname`. Takes tens of milliseconds of CPU, by design. An unknown
     /// name takes as long: it is verified against the hash of a user, always the same one for the same name.
-    pub fn verify(&self, uname: &[u8], passwd: &[u8]) -> bool {
+    pub fn verify(&self, uname: &[u8], passwd: &[u8], memory: &mut HashMemory) -> bool {
         let user = self.index_by_name.get(uname).copied();
         let decoy = || usize::try_from(self.decoy_seed.hash_one(uname)).unwrap_or(0).checked_rem(self.hashes.len());
         let hash = user.or_else(decoy).and_then(|i| self.hashes.get(i));
-        hash.is_some_and(|hash| hash.verify(passwd)) && user.is_some()
+        hash.is_some_and(|hash| hash.verify(passwd, memory)) && user.is_some()
     }
 
     /// Returns the number of users.
@@ -98,9 +122,8 @@ impl StoredHash {
     fn parse(text: &str) -> Result<Self, String> {
         if text.starts_with(ARGON2ID) {
             let hash = PasswordHash::new(text).map_err(|error| format!("invalid argon2id hash: {error}"))?;
-            let is_complete = hash.salt.is_some() && hash.hash.is_some();
-            let is_valid = is_complete && Params::try_from(&hash).is_ok();
-            return if is_valid { Ok(Self(text.into())) } else { Err("invalid argon2id hash".into()) };
+            let argon2 = argon2id(&hash).filter(|_| hash.salt.is_some() && hash.hash.is_some());
+            return argon2.map(|_| Self(text.into())).ok_or_else(|| "invalid argon2id hash".into());
         }
         if ["$2a$", "$2b$", "$2y$"].iter().any(|prefix| text.starts_with(prefix)) {
             let is_valid = text.parse::<bcrypt::HashParts>().is_ok_and(|parts| (4..=31).contains(&parts.get_cost()));
@@ -115,15 +138,33 @@ impl StoredHash {
         }
     }
 
-    fn verify(&self, passwd: &[u8]) -> bool {
+    fn verify(&self, passwd: &[u8], memory: &mut HashMemory) -> bool {
         let Self(hash) = self;
         if hash.starts_with(ARGON2ID) {
-            return PasswordHash::new(hash).is_ok_and(|hash| Argon2::default().verify_password(passwd, &hash).is_ok());
+            return verify_argon2id(hash, passwd, memory).unwrap_or(false);
         }
         // bcrypt stops at a NUL byte, so "a\0a" can equal "a".
         let is_comparable = passwd.len() <= BCRYPT_MAX_PASSWORD && !passwd.contains(&0);
         bcrypt::verify(passwd, hash).unwrap_or(false) && is_comparable
     }
+}
+
+/// Returns argon2id with the version and the parameters of `hash`, if they are valid.
+fn argon2id(hash: &PasswordHash) -> Option<Argon2<'static>> {
+    let version = hash.version.map_or(Ok(Version::default()), Version::try_from).ok()?;
+    Some(Argon2::new(Algorithm::Argon2id, version, Params::try_from(hash).ok()?))
+}
+
+/// Returns `None` for an invalid hash, or without memory.
+fn verify_argon2id(hash: &str, passwd: &[u8], memory: &mut HashMemory) -> Option<bool> {
+    let hash = PasswordHash::new(hash).ok()?;
+    let (argon2, salt, expected) = (argon2id(&hash)?, hash.salt?, hash.hash?);
+    let mut buffer = [0; Output::MAX_LENGTH];
+    let out = buffer.get_mut(..expected.len())?;
+    let blocks = memory.blocks(argon2.params().block_count())?;
+    argon2.hash_password_into_with_memory(passwd, &salt, out, blocks).ok()?;
+    // Compares in constant time.
+    Some(Output::new(out).ok()? == expected)
 }
 
 /// Checks that a user name fits into a line of the file and into a login.

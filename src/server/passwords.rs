@@ -1,4 +1,4 @@
-//! Verifies passwords (RFC 1929). Hashing runs in a thread pool, at most one hash per core. Valid passwords are cached.
+//! Verifies passwords (RFC 1929). Hashing runs on threads of its own. Valid passwords are cached.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use blake2::Blake2bMac512;
 use blake2::digest::{KeyInit as _, Mac as _};
-use smol::lock::{Mutex as AsyncMutex, Semaphore};
+use smol::lock::Mutex as AsyncMutex;
 
+use super::hash_threads::HashThreads;
 use crate::policy::users::Users;
 use crate::proto::Credentials;
 
@@ -18,8 +19,7 @@ const QUEUES: usize = 64;
 
 /// Verifies passwords. The cache has at most one entry per user, and none for unknown names or wrong passwords.
 pub(super) struct PasswordVerifier {
-    /// One permit per core.
-    hashing: Arc<Semaphore>,
+    hash_threads: Arc<HashThreads>,
     queues: [AsyncMutex<()>; QUEUES],
     /// Random key of the cached digests, which are useless outside of this process. `None`: nothing is cached.
     mac_key: Option<[u8; 32]>,
@@ -30,21 +30,24 @@ type Digest = [u8; 64];
 
 impl Default for PasswordVerifier {
     fn default() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self::new(Arc::default())
+    }
+}
+
+impl PasswordVerifier {
+    fn new(hash_threads: Arc<HashThreads>) -> Self {
         let mut key = [0; 32];
         Self {
-            hashing: Arc::new(Semaphore::new(cores)),
+            hash_threads,
             queues: [const { AsyncMutex::new(()) }; QUEUES],
             mac_key: getrandom::fill(&mut key).is_ok().then_some(key),
             cache: Mutex::default(),
         }
     }
-}
 
-impl PasswordVerifier {
-    /// Returns a verifier with an empty cache and the same limit for concurrent hashes.
+    /// Returns a verifier with an empty cache and the same threads.
     pub(super) fn with_empty_cache(&self) -> Self {
-        Self { hashing: self.hashing.clone(), ..Self::default() }
+        Self::new(self.hash_threads.clone())
     }
 
     /// Returns whether `users` has these credentials. Concurrent logins with the same ones cost one hash.
@@ -73,13 +76,9 @@ impl PasswordVerifier {
     }
 
     async fn verify_uncached(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
-        let (users, permit) = (users.clone(), self.hashing.acquire_arc().await);
-        smol::unblock(move || {
-            // Held in the thread: a client that closes its connection does not stop the hash.
-            let _permit = permit;
-            users.verify(&credentials.uname, &credentials.passwd)
-        })
-        .await
+        let users = users.clone();
+        let verify = move |memory: &mut _| users.verify(&credentials.uname, &credentials.passwd, memory);
+        self.hash_threads.run(verify).await.unwrap_or(false)
     }
 
     fn is_cached(&self, uname: &[u8], mac: Blake2bMac512) -> bool {

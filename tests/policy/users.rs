@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use argon2::password_hash::PasswordHasher as _;
 use argon2::password_hash::phc::PasswordHash;
+use argon2::password_hash::{PasswordHasher as _, PasswordVerifier as _};
 use argon2::{Algorithm, Argon2, Params, Version};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use s5::policy::users::{Users, check_name, edit_entry, new_entry};
+use s5::policy::users::{HashMemory, Users, check_name, edit_entry, new_entry};
 
 /// Hash of "password", from the test vectors of the reference implementation of argon2.
 const ARGON2ID: &str = "$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ$nf65EOgLrQMR/uIPnA4rEsF5h7TKyQwu9U1bMCHGi/4";
@@ -33,6 +33,11 @@ fn alice(hash: &str) -> Users {
     users(&format!("alice:{hash}\n"))
 }
 
+/// Verifies a login with memory of its own.
+fn verify(users: &Users, uname: &[u8], passwd: &[u8]) -> bool {
+    users.verify(uname, passwd, &mut HashMemory::default())
+}
+
 /// Hashes a password with argon2id. `cost` is the memory in KiB.
 fn argon2id(passwd: &[u8], cost: u32) -> String {
     let params = Params::new(cost, 1, 1, None).expect("valid parameters");
@@ -54,41 +59,94 @@ fn verify_accepts_hashes_of_other_programs() {
     ];
     for (hash, passwd) in table {
         let users = alice(hash);
-        assert!(users.verify(b"alice", passwd.as_bytes()), "{hash}");
+        assert!(verify(&users, b"alice", passwd.as_bytes()), "{hash}");
         let upper = passwd.to_uppercase();
         let wrong = [&format!("{passwd}x"), &passwd[1..], &format!(" {passwd}"), "", &upper, &passwd.to_lowercase()];
         for wrong in wrong.into_iter().filter(|wrong| *wrong != passwd) {
-            assert!(!users.verify(b"alice", wrong.as_bytes()), "{wrong:?} for {hash}");
+            assert!(!verify(&users, b"alice", wrong.as_bytes()), "{wrong:?} for {hash}");
         }
     }
+}
+
+/// Returns whether the argon2 crate accepts the password, with memory of its own.
+fn reference_verify(hash: &str, passwd: &[u8]) -> bool {
+    let hash = PasswordHash::new(hash).expect("valid hash");
+    Argon2::default().verify_password(passwd, &hash).is_ok()
+}
+
+/// Any hash of argon2id, with its password.
+fn any_argon2id() -> impl Strategy<Value = (String, Vec<u8>)> {
+    let costs = (1_u32..4, 1_u32..4).prop_flat_map(|(passes, lanes)| (Just(passes), Just(lanes), 8 * lanes..600));
+    let versions = prop_oneof![Just(Version::V0x10), Just(Version::V0x13)];
+    (costs, versions, 10_usize..65, vec(any::<u8>(), 1..20)).prop_map(|((passes, lanes, kib), version, len, passwd)| {
+        let params = Params::new(kib, passes, lanes, Some(len)).expect("valid parameters");
+        let argon2 = Argon2::new(Algorithm::Argon2id, version, params);
+        let hash: PasswordHash = argon2.hash_password(&passwd).expect("password hashed");
+        (hash.to_string(), passwd)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn verify_with_reused_memory_agrees_with_the_argon2_crate(logins in vec((any_argon2id(), any::<bool>()), 1..6)) {
+        let mut memory = HashMemory::default();
+        for ((hash, mut passwd), is_wrong) in logins {
+            passwd[0] ^= u8::from(is_wrong);
+            let is_valid = alice(&hash).verify(b"alice", &passwd, &mut memory);
+            prop_assert_eq!(is_valid, !is_wrong, "{}", hash);
+            prop_assert_eq!(is_valid, reference_verify(&hash, &passwd), "{}", hash);
+        }
+    }
+}
+
+#[test]
+fn verify_accepts_an_old_hash_without_version_and_ignores_the_content_of_the_memory() {
+    let mut memory = HashMemory::default();
+    let large = argon2id(b"p4ssword", 40 << 10);
+    // Larger than the memory, smaller again, and each of them twice.
+    for (hash, passwd) in [(ARGON2ID, "password"), (&large, "p4ssword"), (TWO_LANES, "password"), (&large, "p4ssword")]
+    {
+        let users = alice(hash);
+        for _ in 0..2 {
+            assert!(!users.verify(b"alice", b"wrong", &mut memory), "{hash}");
+            assert!(users.verify(b"alice", passwd.as_bytes(), &mut memory), "{hash}");
+        }
+    }
+    let without_version = ARGON2ID.replace("v=19$", "");
+    assert_eq!(
+        verify(&alice(&without_version), b"alice", b"password"),
+        reference_verify(&without_version, b"password")
+    );
 }
 
 #[test]
 fn verify_compares_whole_password() {
     for passwd in [&[b'a'; 255][..], b"\xff\xfe", b"a\r\n\x1b[2J", b"a\0b", "pässwörd".as_bytes(), b"\0"] {
         let users = alice(&argon2id(passwd, 8));
-        assert!(users.verify(b"alice", passwd), "{}", passwd.escape_ascii());
+        assert!(verify(&users, b"alice", passwd), "{}", passwd.escape_ascii());
         let (_, shorter) = passwd.split_last().expect("not empty");
-        assert!(!users.verify(b"alice", shorter), "{} truncated", passwd.escape_ascii());
-        assert!(!users.verify(b"alice", &[passwd, b"\0"].concat()), "{} and NUL", passwd.escape_ascii());
-        assert!(!users.verify(b"alice", &[passwd, b"a"].concat()), "{} and more", passwd.escape_ascii());
+        assert!(!verify(&users, b"alice", shorter), "{} truncated", passwd.escape_ascii());
+        assert!(!verify(&users, b"alice", &[passwd, b"\0"].concat()), "{} and NUL", passwd.escape_ascii());
+        assert!(!verify(&users, b"alice", &[passwd, b"a"].concat()), "{} and more", passwd.escape_ascii());
     }
 }
 
 #[test]
 fn bcrypt_refuses_passwords_that_it_cannot_distinguish() {
     let a = alice(CRYPT_2B);
-    assert!(a.verify(b"alice", b"a"));
+    assert!(verify(&a, b"alice", b"a"));
     for passwd in [&b"a\0"[..], b"a\0a", b"a\0a\0", b"a\0b", b"\0", b"\0a"] {
-        assert!(!a.verify(b"alice", passwd), "{}", passwd.escape_ascii());
+        assert!(!verify(&a, b"alice", passwd), "{}", passwd.escape_ascii());
     }
     let long = alice(CRYPT_72);
-    assert!(long.verify(b"alice", &[b'a'; 72]), "the longest password that bcrypt distinguishes");
+    assert!(verify(&long, b"alice", &[b'a'; 72]), "the longest password that bcrypt distinguishes");
     for length in [0, 71, 73, 144, 255] {
-        assert!(!long.verify(b"alice", &vec![b'a'; length]), "{length} bytes");
+        assert!(!verify(&long, b"alice", &vec![b'a'; length]), "{length} bytes");
     }
     let empty = alice(CRYPT_EMPTY);
-    assert!(!empty.verify(b"alice", b"\0"), "NUL for the empty password");
+    assert!(!verify(&empty, b"alice", b"\0"), "NUL for the empty password");
 }
 
 #[test]
@@ -98,12 +156,12 @@ fn verify_accepts_only_the_whole_name_and_the_password_of_the_user() {
     let passwds = ["password", "a", "p4ssword"];
     for (i, uname) in ["alice", "bob", "zoë"].iter().enumerate() {
         for (j, passwd) in passwds.iter().enumerate() {
-            assert_eq!(users.verify(uname.as_bytes(), passwd.as_bytes()), i == j, "{uname} with {passwd}");
+            assert_eq!(verify(&users, uname.as_bytes(), passwd.as_bytes()), i == j, "{uname} with {passwd}");
         }
         assert!(users.contains(uname.as_bytes()));
     }
     for uname in [&b""[..], b"Bob", b"bo", b"bob\0", b"boba", b" bob", b"bob ", b"\xff", b"mallory"] {
-        let is_accepted = passwds.iter().any(|passwd| users.verify(uname, passwd.as_bytes()));
+        let is_accepted = passwds.iter().any(|passwd| verify(&users, uname, passwd.as_bytes()));
         assert!(!users.contains(uname) && !is_accepted, "{}", uname.escape_ascii());
     }
 }
@@ -113,12 +171,12 @@ fn comments_blanks_and_crlf_are_ignored() {
     for text in ["", "\n\n", "# alice:\n", "#", "  \r\n\t# b"] {
         let users = users(text);
         assert_eq!((users.len(), users.is_empty()), (0, true), "{text:?}");
-        assert!(!users.verify(b"alice", b"a") && !users.verify(b"", b""), "an empty file accepts a login");
+        assert!(!verify(&users, b"alice", b"a") && !verify(&users, b"", b""), "an empty file accepts a login");
     }
     let text = format!("# first: a comment\r\n\r\n  alice:{CRYPT_2B}  \r\n\t#bob:{CRYPT_2B}\r\nzoë:{HTPASSWD}");
     let users = users(&text);
     assert_eq!(users.len(), 2);
-    assert!(users.verify(b"alice", b"a") && users.verify("zoë".as_bytes(), b"p4ssword"));
+    assert!(verify(&users, b"alice", b"a") && verify(&users, "zoë".as_bytes(), b"p4ssword"));
 }
 
 /// Invalid lines, each with a word that the error message must contain.
@@ -251,7 +309,7 @@ fn verify_takes_as_long_for_unknown_user_or_refused_password_as_for_wrong_passwo
         let users = users(&format!("alice:{hash}\nbob:{hash}\n"));
         let verify = |uname: &'static str, passwd: &'static [u8]| {
             let users = &users;
-            move || assert!(!users.verify(uname.as_bytes(), passwd))
+            move || assert!(!verify(users, uname.as_bytes(), passwd))
         };
         // bcrypt refuses the last two.
         let [known, others @ ..] = shortest([
@@ -270,7 +328,7 @@ fn new_entry_verifies_its_password() {
     let line = new_entry("zoë", b"p\xff\0ss").expect("valid entry");
     assert!(line.starts_with("zoë:$argon2id$v=19$m=19456,t=2,p=1$") && !line.contains('\n'), "{line}");
     let users = users(&line);
-    assert!(users.verify("zoë".as_bytes(), b"p\xff\0ss"));
+    assert!(verify(&users, "zoë".as_bytes(), b"p\xff\0ss"));
     assert_ne!(new_entry("zoë", b"p\xff\0ss").expect("valid entry"), line, "the salt must be random");
 }
 

@@ -166,8 +166,13 @@ pub fn assert_no_data(stream: &TcpStream, time: Duration) {
 
 /// Resident memory of the server in KiB.
 pub fn resident_kib(server: &Server) -> usize {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("the server runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+    proc_kib(server, "status", "VmRSS")
+}
+
+/// A size in KiB from a file of the server in /proc.
+pub fn proc_kib(server: &Server, file: &str, field: &str) -> usize {
+    let text = std::fs::read_to_string(format!("/proc/{}/{file}", server.pid())).expect("the server runs");
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).expect("a field of the file");
     line.trim().trim_end_matches(" kB").parse().expect("valid number")
 }
 

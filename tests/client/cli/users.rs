@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use s5::policy::users::{HashMemory, Users};
+
 use crate::assert_line;
 use crate::prompts::{on_a_terminal, type_at_prompt};
 use crate::support::scripted::{RunningProgram, text};
@@ -125,8 +127,8 @@ fn add_user_reads_password_from_first_line_of_stdin() {
     for (stdin, passwd) in [(&b" pass word\r\nmore\n"[..], " pass word"), (b"no end", "no end")] {
         let (_dir, users) = new_file();
         assert_success(&add_user(&users, "alice", stdin));
-        let users = s5::policy::users::Users::parse(&read_users(&users)).expect("valid users file");
-        assert!(users.verify(b"alice", passwd.as_bytes()), "{passwd}");
+        let users = Users::parse(&read_users(&users)).expect("valid users file");
+        assert!(users.verify(b"alice", passwd.as_bytes(), &mut HashMemory::default()), "{passwd}");
     }
 }
 
