@@ -17,6 +17,14 @@ const BCRYPT_MAX_PASSWORD: usize = 72;
 
 /// Start of a hash of argon2id.
 const ARGON2ID: &str = "$argon2id$";
+/// Maximum memory (m) of a hash of argon2id in KiB. It is needed for each login, also for a guess.
+const MAX_ARGON2_KIB: u32 = 1 << 20;
+/// Maximum number of passes (t) over the memory.
+const MAX_ARGON2_PASSES: u32 = 1000;
+/// Maximum of m times t: 4 GiB, which take about 2 s.
+const MAX_ARGON2_WORK: u32 = 4 << 20;
+/// Maximum cost of a hash of bcrypt, as in htpasswd(1): about 8 s.
+const MAX_BCRYPT_COST: u32 = 17;
 /// Identifiers of unsupported hash types, which error messages can name.
 const UNSUPPORTED_SCHEMES: [&str; 11] = ["1", "5", "6", "7", "y", "gy", "2", "2x", "apr1", "argon2i", "argon2d"];
 
@@ -123,11 +131,16 @@ impl StoredHash {
         if text.starts_with(ARGON2ID) {
             let hash = PasswordHash::new(text).map_err(|error| format!("invalid argon2id hash: {error}"))?;
             let argon2 = argon2id(&hash).filter(|_| hash.salt.is_some() && hash.hash.is_some());
-            return argon2.map(|_| Self(text.into())).ok_or_else(|| "invalid argon2id hash".into());
+            check_argon2_cost(argon2.ok_or("invalid argon2id hash")?.params())?;
+            return Ok(Self(text.into()));
         }
         if ["$2a$", "$2b$", "$2y$"].iter().any(|prefix| text.starts_with(prefix)) {
-            let is_valid = text.parse::<bcrypt::HashParts>().is_ok_and(|parts| (4..=31).contains(&parts.get_cost()));
-            return if is_valid { Ok(Self(text.into())) } else { Err("invalid bcrypt hash".into()) };
+            let cost = text.parse().map_or(0, |parts: bcrypt::HashParts| parts.get_cost());
+            return match cost {
+                4..=MAX_BCRYPT_COST => Ok(Self(text.into())),
+                18..=31 => Err(above_limit("cost", cost, MAX_BCRYPT_COST, "bcrypt")),
+                _ => Err("invalid bcrypt hash".into()),
+            };
         }
         // Without a known $SCHEME$, the text may be a plain password, so it is not shown.
         match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
@@ -165,6 +178,21 @@ fn verify_argon2id(hash: &str, passwd: &[u8], memory: &mut HashMemory) -> Option
     argon2.hash_password_into_with_memory(passwd, &salt, out, blocks).ok()?;
     // Compares in constant time.
     Some(Output::new(out).ok()? == expected)
+}
+
+fn check_argon2_cost(params: &Params) -> Result<(), String> {
+    let (memory, passes) = (params.m_cost(), params.t_cost());
+    if memory > MAX_ARGON2_KIB {
+        return Err(above_limit("m", memory, MAX_ARGON2_KIB, "argon2id"));
+    }
+    let max_passes = MAX_ARGON2_PASSES.min(MAX_ARGON2_WORK / memory.max(1));
+    if passes > max_passes { Err(above_limit("t", passes, max_passes, "argon2id")) } else { Ok(()) }
+}
+
+fn above_limit(parameter: &str, value: u32, limit: u32, scheme: &str) -> String {
+    format!(
+        "{parameter}={value} of the {scheme} hash exceeds the limit of {limit} (use --remove-user, then --add-user)"
+    )
 }
 
 /// Checks that a user name fits into a line of the file and into a login.

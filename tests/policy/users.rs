@@ -122,6 +122,35 @@ fn verify_accepts_an_old_hash_without_version_and_ignores_the_content_of_the_mem
 }
 
 #[test]
+fn hash_that_costs_too_much_is_an_error_that_names_line_and_limit() {
+    let argon2id = |costs| ARGON2ID.replace("m=256,t=2", costs);
+    let bcrypt = |cost| HTPASSWD.replace("$04$", cost);
+    let table = [
+        (argon2id("m=4194304,t=2"), "m=4194304 of the argon2id hash exceeds the limit of 1048576"),
+        (argon2id("m=1048577,t=1"), "m=1048577 of the argon2id hash exceeds the limit of 1048576"),
+        (argon2id("m=1048576,t=5"), "t=5 of the argon2id hash exceeds the limit of 4"),
+        (argon2id("m=19456,t=100000"), "t=100000 of the argon2id hash exceeds the limit of 215"),
+        (argon2id("m=8,t=100000"), "t=100000 of the argon2id hash exceeds the limit of 1000"),
+        (argon2id("m=4294967295,t=4294967295"), "m=4294967295 of the argon2id hash exceeds the limit of 1048576"),
+        (bcrypt("$18$"), "cost=18 of the bcrypt hash exceeds the limit of 17"),
+        (bcrypt("$31$"), "cost=31 of the bcrypt hash exceeds the limit of 17"),
+    ];
+    for (hash, message) in table {
+        let text = format!(
+            "first:{CRYPT_2B}
+alice:{hash}
+"
+        );
+        let error = Users::parse(&text).expect_err(&hash).to_string();
+        let expected = format!("line 2: user \"alice\": {message} (use --remove-user, then --add-user)");
+        assert_eq!(error, expected);
+    }
+    for hash in [argon2id("m=1048576,t=4"), argon2id("m=19456,t=215"), argon2id("m=8,t=1000"), bcrypt("$17$")] {
+        alice(&hash);
+    }
+}
+
+#[test]
 fn verify_compares_whole_password() {
     for passwd in [&[b'a'; 255][..], b"\xff\xfe", b"a\r\n\x1b[2J", b"a\0b", "pässwörd".as_bytes(), b"\0"] {
         let users = alice(&argon2id(passwd, 8));

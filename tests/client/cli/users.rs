@@ -100,6 +100,20 @@ fn invalid_users_line_is_an_error_with_file_line_and_word_and_without_passwords(
 }
 
 #[test]
+fn hash_above_a_limit_is_an_error_whose_remedy_works() {
+    const HASH: &str = "$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ$nf65EOgLrQMR/uIPnA4rEsF5h7TKyQwu9U1bMCHGi/4";
+    for (costs, limit) in [("m=4194304,t=2", "limit of 1048576"), ("m=256,t=100000", "limit of 1000")] {
+        let (_dir, users) = file_with(&format!("# comment\nalice:{}\n", HASH.replace("m=256,t=2", costs)));
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--users", &users]), b"", HASH_TIMEOUT);
+        let words = [&users, "line 2: ", "\"alice\"", limit, "(use --remove-user, then --add-user)"];
+        assert_error(&output, &words);
+        assert_error(&add_user(&users, "alice", b"secret\n"), &words);
+        assert_success(&remove_user(&users, "alice"));
+        assert_success(&add_user(&users, "alice", b"secret\n"));
+    }
+}
+
+#[test]
 fn unreadable_users_file_is_an_error_with_its_name() {
     let (dir, missing) = new_file();
     assert_line(&format!("serve --users {missing}"), 2, &[&format!("--users {missing}: "), "no such file"]);
