@@ -15,8 +15,8 @@ use crate::support::{FullBacklog, closed_port, echo_server};
 /// Timeout of the client in rows that expect a timeout.
 pub const SHORT_TIMEOUT: &str = "500ms";
 
-/// Time from the start of the client to its input in rows with late input.
-const LATE: Duration = Duration::from_secs(1);
+/// Time from the start of the client to its input in rows with late input. Shorter than the timeouts of the clients.
+const LATE: Duration = Duration::from_millis(600);
 
 /// One row of the table.
 #[derive(Default)]
