@@ -86,6 +86,7 @@ fn error_says_what_is_meant() {
     let table = [
         ("connect http://example.org/", "target: expected HOST:PORT, not a URL (write example.org:80)"),
         ("udp https://u:p@example.org:8443/a?b", "target: expected HOST:PORT, not a URL (write example.org:8443)"),
+        ("bind http://example.org/", "peer: expected HOST:PORT, not a URL (write example.org:80)"),
         ("connect nosuch://example.org 80", "target: expected HOST:PORT, not a URL (write example.org:PORT)"),
         ("connect 203.0.113.7:7 example.org:80", &format!("target: {meant}")),
         ("udp 203.0.113.7:7 example.org:80", &format!("target: {meant}")),

@@ -35,6 +35,7 @@ pub(crate) fn expected_peer(args: &ClientArgs) -> Result<Option<Addr>, CliError>
         [port] if port.parse::<u16>().is_ok() => {
             Err(format!("expected HOST, found a port (the proxy chooses its port; 0.0.0.0:{port} asks for this one)"))
         }
+        [url, ..] if url.contains("://") => Err(url_error(url)),
         [peer] => parse_addr_or_host(peer, 0),
         [host, port] if parse_addr(host, false).is_err() => host_and_port(host, port, false),
         [_, extra, ..] => {
@@ -53,7 +54,7 @@ fn host_and_port(host: &str, port: &str, is_udp: bool) -> Result<Addr, String> {
     Ok(Addr { host: host.parse()?, port: parse_port(port, is_udp)? })
 }
 
-/// Returns the error for a URL as the target, with the target that it means. The URL itself is not printed: that of a
+/// Returns the error for a URL as an operand, with the target that it means. The URL itself is not printed: that of a
 /// proxy may have a password.
 fn url_error(url: &str) -> String {
     let (scheme, rest) = url.split_once("://").unwrap_or_default();
