@@ -83,7 +83,8 @@ fn read_new_password(name: &str) -> Result<String, CliError> {
         let mut line = String::new();
         let mut stdin = io::Read::take(io::stdin().lock(), 4096);
         stdin.read_line(&mut line).map_err(read_error)?;
-        return Ok(line.trim_end_matches(['\r', '\n']).into());
+        // A byte order mark comes from editors and shells on Windows.
+        return Ok(line.trim_start_matches('\u{feff}').trim_end_matches(['\r', '\n']).into());
     }
     let first = rpassword::prompt_password(format!("Password for {name}: ")).map_err(read_error)?;
     let again = rpassword::prompt_password("Repeat the password: ").map_err(read_error)?;

@@ -73,8 +73,9 @@ fn users_file_may_begin_with_a_byte_order_mark() {
     let entry = read_users(&users);
     fs::write(&users, format!("\u{feff}{entry}")).expect("file written");
     assert_eq!(login_status(&users, "alice:secret"), Some(0));
-    assert_success(&add_user(&users, "bob", b"secret\n"));
+    assert_success(&add_user(&users, "bob", "\u{feff}secret\r\n".as_bytes()));
     assert!(read_users(&users).starts_with(&entry), "{}", read_users(&users));
+    assert_eq!(login_status(&users, "bob:secret"), Some(0), "the mark on stdin is part of the password");
     for (bom, encode) in [(b"\xff\xfe", u16::to_le_bytes as fn(u16) -> [u8; 2]), (b"\xfe\xff", u16::to_be_bytes)] {
         fs::write(&users, [&bom[..], &entry.encode_utf16().flat_map(encode).collect::<Vec<_>>()].concat())
             .expect("file written");
