@@ -42,7 +42,8 @@ const ANY: [&str; 3] = ["all", "any", "*"];
 pub fn parse_rules(text: impl Into<String>, file: &str, hops: &[String]) -> Result<Vec<Rule>, PolicyError> {
     let source = Arc::new(Source { name: file.into(), text: text.into() });
     let mut parser = Parser { source: source.clone(), hops, conditions: HashSet::new() };
-    let mut rules = Vec::with_capacity(source.text.lines().count());
+    let count = source.text.lines().filter(|line| line.len() >= "deny".len()).count();
+    let mut rules = Vec::with_capacity(count);
     for (line, text) in (1..).zip(source.text.lines()) {
         rules.extend(parser.parse_line(line, text).map_err(|message| PolicyError { line, message })?);
     }
