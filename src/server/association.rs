@@ -5,12 +5,15 @@
 //! nor an ICMP message can end an association.
 
 mod client_socket;
+mod control;
+mod drop_log;
 mod egress;
 mod name_cache;
 mod sent_to;
 mod upstream;
 
 use std::cell::RefCell;
+use std::fmt;
 use std::future::{Future as _, poll_fn};
 use std::iter::once;
 use std::net::SocketAddr;
@@ -18,8 +21,6 @@ use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
-
-use futures_lite::AsyncReadExt as _;
 
 use super::counters::COUNTERS;
 use super::options::Filtering;
@@ -33,15 +34,13 @@ use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Datagram, Host, HostName};
 use crate::reassembly::Reassembler;
 use client_socket::ClientSocket;
+use drop_log::DropLog;
 use egress::Egress;
-use name_cache::NameCache;
+use name_cache::{NameCache, Resolved};
 use upstream::{UpstreamEvent, only_route, open_only_route};
 
 /// Datagrams relayed from one socket before the next socket is polled. The last receive call may exceed it.
 const MAX_DATAGRAMS_PER_TURN: usize = 64;
-/// Bytes on the control connection that are read and ignored. More end the association.
-const MAX_CONTROL_BYTES: usize = 64 * 1024;
-
 thread_local! {
     /// Buffers that all associations of a thread share: for received datagrams, and for the batch to send.
     static BUFFERS: RefCell<(RecvBatch, Vec<u8>)> = RefCell::default();
@@ -63,6 +62,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
         egress,
         name_cache,
         reassembler: Reassembler::default(),
+        drop_log: DropLog::default(),
         last_activity: Instant::now(),
     };
     if let Some(error) = relay.run(control).await {
@@ -78,13 +78,14 @@ struct AssociationRelay<'a> {
     egress: Egress,
     name_cache: NameCache,
     reassembler: Reassembler,
+    drop_log: DropLog,
     last_activity: Instant,
 }
 
 impl AssociationRelay<'_> {
     /// Relays until the association ends. Returns `None` when the client closes the control connection, else an error.
     async fn run(mut self, control: &mut Conn) -> Option<String> {
-        let mut ended = pin!(wait_for_control_end(control));
+        let mut ended = pin!(control::wait_for_end(control));
         let mut timer = IdleTimer::default();
         let ended = poll_fn(|cx| {
             if let Poll::Ready(reason) = ended.as_mut().poll(cx) {
@@ -247,8 +248,12 @@ impl AssociationRelay<'_> {
     ) {
         let batch = &mut GsoBatch::new(buffer);
         for (from, bytes) in received {
-            let Some(bytes) = self.client.accept(from, bytes) else { continue };
-            let Ok(datagram) = Datagram::decode(&bytes) else { continue };
+            let Some(bytes) = self.client.accept(from, bytes) else {
+                self.record_drop(None, format_args!("{from} is not the client, or the protection is invalid"));
+                continue;
+            };
+            let decoded = Datagram::decode(&bytes).inspect_err(|error| self.record_drop(None, error));
+            let Ok(datagram) = decoded else { continue };
             self.last_activity = now;
             self.client.record_valid(from, now);
             if let Some((dst, data)) = self.reassembler.push(now, datagram) {
@@ -270,7 +275,7 @@ impl AssociationRelay<'_> {
             match (self.route(&dst), addr) {
                 (Ok(Some(Route::Direct)), Some(addr)) => batch.begin(addr, |_| {}),
                 (Ok(route), _) => return self.send(route, &addr.map_or(dst, Addr::from), data),
-                (Err(_), _) => return,
+                (Err(denial), _) => return self.record_drop(Some(&dst), denial),
             }
         }
         if self.charge(data.len()) && !batch.push(data) {
@@ -291,8 +296,12 @@ impl AssociationRelay<'_> {
     }
 
     fn flush(&mut self, batch: &mut GsoBatch<'_>) {
-        let sent = self.egress.send_batch(batch);
+        let peer = batch.peer().filter(|_| batch.has_payload());
+        let sent = self.egress.send_batch(&self.session.log, batch);
         self.count_sent(sent);
+        if let Some(peer) = peer.filter(|_| sent == 0) {
+            self.record_drop(Some(&peer.into()), "not sent: no route, no socket, or its buffer is full");
+        }
     }
 
     /// Sends a datagram to a hop or a name, or stores it until its name is resolved.
@@ -312,13 +321,15 @@ impl AssociationRelay<'_> {
         let now = Instant::now();
         let mut selected = self.name_cache.select(now, name, port);
         if selected.is_none() {
-            self.name_cache.wait(now, name, port, data);
+            if !self.name_cache.wait(now, name, port, data) {
+                self.record_drop(None, "too many datagrams wait for lookups");
+            }
         } else if !self.charge(data.len()) {
             return false;
         }
         while let Some(addr) = selected {
             match self.route_to_addr(addr, Some(name)) {
-                Some(Route::Direct) if self.egress.send(addr, name, data) => {
+                Some(Route::Direct) if self.egress.send(&self.session.log, addr, name, data) => {
                     self.name_cache.on_sent(name, addr, data);
                     return true;
                 }
@@ -331,6 +342,9 @@ impl AssociationRelay<'_> {
             }
             let has_other = self.name_cache.fail(name, addr);
             selected = if has_other { self.name_cache.select(now, name, port) } else { None };
+            if selected.is_none() {
+                self.record_drop(None, format_args!("{} has no address that is allowed and reachable", name.as_str()));
+            }
         }
         false
     }
@@ -341,6 +355,9 @@ impl AssociationRelay<'_> {
         let Session { permit, log, .. } = &mut *self.session;
         let Some(hop) = permit.server.options.hops.get(index) else { return false };
         log.via.get_or_insert_with(|| hop.clone());
+        if self.egress.sent_to.insert_through_hop(dst) {
+            log.log_target(dst, None, Some(hop));
+        }
         self.egress.upstream(index, hop).is_some_and(|upstream| upstream.send(&permit.server, dst, data))
     }
 
@@ -348,11 +365,14 @@ impl AssociationRelay<'_> {
     fn send_resolved(&mut self, cx: &mut Context<'_>) -> bool {
         let resolved = self.name_cache.poll(cx);
         let has_resolved = !resolved.is_empty();
-        for (name, waiting) in resolved {
+        for Resolved { name, result, waiting } in resolved {
+            self.session.log.log_lookup(Some(&name), &result);
             for (port, data) in waiting {
                 let dst = Addr { host: Host::Name(name.clone()), port };
-                if let Ok(route) = self.route(&dst) {
-                    self.send(route, &dst, &data);
+                match (result.as_ref().err(), self.route(&dst)) {
+                    (Some(error), _) => self.record_drop(Some(&dst), error),
+                    (None, Err(denial)) => self.record_drop(Some(&dst), denial),
+                    (None, Ok(route)) => self.send(route, &dst, &data),
                 }
             }
         }
@@ -365,7 +385,15 @@ impl AssociationRelay<'_> {
 
     /// Takes `bytes` from the rate limit. Returns false if it is exhausted: the caller drops the datagram.
     fn charge(&self, bytes: usize) -> bool {
-        !self.rate_limit.is_limited() || self.rate_limit.try_take(bytes, Instant::now())
+        let is_within = !self.rate_limit.is_limited() || self.rate_limit.try_take(bytes, Instant::now());
+        if !is_within {
+            self.record_drop(None, "rate limit");
+        }
+        is_within
+    }
+
+    fn record_drop(&self, dst: Option<&Addr>, reason: impl fmt::Display) {
+        self.drop_log.record(&self.session.log, dst, reason);
     }
 
     fn relay_from_targets(&mut self, now: Instant, received: &RecvBatch, buffer: &mut Vec<u8>) {
@@ -374,6 +402,7 @@ impl AssociationRelay<'_> {
             if batch.peer() != Some(from) {
                 self.flush_answers(batch);
                 if !self.is_answer_allowed(from) {
+                    self.record_drop(None, format_args!("answer from {from}, which a rule or the filter denies"));
                     continue;
                 }
                 self.record_answer(from);
@@ -405,9 +434,7 @@ impl AssociationRelay<'_> {
     }
 
     fn flush_answers(&self, batch: &mut GsoBatch<'_>) {
-        if !batch.is_empty() {
-            self.count_answered(self.client.send_batch(batch));
-        }
+        self.count_answered(self.client.send_batch(batch));
     }
 
     /// Sends an answer outside of a batch.
@@ -420,17 +447,4 @@ impl AssociationRelay<'_> {
     fn count_answered(&self, bytes: usize) {
         self.session.log.bytes.down.fetch_add(bytes as u64, Ordering::Relaxed);
     }
-}
-
-/// Waits until the client closes the control connection, or returns an error if it sends too much data on it.
-async fn wait_for_control_end(control: &mut Conn) -> Option<String> {
-    let mut ignored = [0; 256];
-    let mut total = 0;
-    while let Ok(n @ 1..) = control.read(&mut ignored).await {
-        total += n;
-        if total > MAX_CONTROL_BYTES {
-            return Some("too much data on the control connection".into());
-        }
-    }
-    None
 }

@@ -18,7 +18,7 @@ use super::options::Hop;
 use super::worker;
 use crate::net::{ByteCounts, DialError, canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
-use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, Rep};
+use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, Rep};
 
 /// Target of records in logfmt. The logger adds time and level as further fields.
 pub const LOGFMT_TARGET: &str = "s5::session";
@@ -42,6 +42,8 @@ pub(super) struct SessionLog {
     /// The address that stands for DST: of the target, or of the peer of BIND.
     addr: Option<AddrPort>,
     bnd: Option<AddrPort>,
+    /// Number of targets of an association.
+    targets: Cell<u32>,
     pub(super) via: Option<Arc<Hop>>,
     pub(super) rep: Option<Rep>,
     /// Generation of the policy that the session was last checked with.
@@ -94,6 +96,7 @@ impl SessionLog {
             dst: None,
             addr: None,
             bnd: None,
+            targets: Cell::new(0),
             via: None,
             rep: None,
             policy_generation: Cell::new(0),
@@ -176,7 +179,12 @@ pub(super) fn with_addr(request: AccessRequest<'_>, addr: SocketAddr) -> AccessR
 /// The steps of a session, which only a verbose server logs. Each line has the facts that are known so far.
 impl SessionLog {
     fn log_step(&self, level: Level, step: &str, fields: fmt::Arguments<'_>) {
-        log::log!(target: LOGFMT_TARGET, level, "msg={step} {}{fields}", Facts(self));
+        log::log!(target: LOGFMT_TARGET, level, "msg={step} {}{}{fields}", Facts(self), Reached(self));
+    }
+
+    /// Returns true if steps at level debug are logged.
+    pub(super) fn logs_steps() -> bool {
+        log::log_enabled!(target: LOGFMT_TARGET, Level::Debug)
     }
 
     pub(super) fn log_start(&self) {
@@ -202,10 +210,12 @@ impl SessionLog {
         }
     }
 
-    pub(super) fn log_lookup(&self, found: &Result<Vec<SocketAddr>, DialError>) {
+    /// `name` is that of a datagram; otherwise it is DST.
+    pub(super) fn log_lookup(&self, name: Option<&HostName>, found: &Result<Vec<SocketAddr>, DialError>) {
+        let to = Field(" to=", name.map(|name| format!("{:?}", name.as_str())));
         match found {
-            Ok(addrs) => self.log_step(Level::Debug, "lookup", format_args!(" addrs=\"{}\"", List(addrs))),
-            Err(error) => self.log_step(Level::Debug, "lookup", format_args!(" error=\"{error}\"")),
+            Ok(addrs) => self.log_step(Level::Debug, "lookup", format_args!("{to} addrs=\"{}\"", List(addrs))),
+            Err(error) => self.log_step(Level::Debug, "lookup", format_args!("{to} error=\"{error}\"")),
         }
     }
 
@@ -220,6 +230,21 @@ impl SessionLog {
 
     pub(super) fn log_other_peer(&self, peer: SocketAddr) {
         self.log_step(Level::Debug, "peer", format_args!(" peer={peer} error=\"not the expected peer, or denied\""));
+    }
+
+    /// Counts a target that an association sends to for the first time: `addr` of `dst`, or `dst` itself through a hop.
+    pub(super) fn log_target(&self, dst: &dyn fmt::Display, addr: Option<SocketAddr>, via: Option<&Hop>) {
+        self.targets.set(self.targets.get().saturating_add(1));
+        let (facts, addr, via) =
+            (Facts(self), Field(" addr=", addr), Field(" via=", via.map(|hop| format!("{:?}", hop.name))));
+        log::debug!(target: LOGFMT_TARGET, "msg=datagram {facts} to={:?}{addr}{via}", dst.to_string());
+    }
+
+    /// Logs dropped datagrams: their number, and the reason and destination of the last one.
+    pub(super) fn log_drop(&self, count: u32, dst: Option<&Addr>, reason: &dyn fmt::Display) {
+        let dst = Field(" to=", dst.map(|dst| format!("{:?}", dst.to_string())));
+        let (facts, reason) = (Facts(self), reason.to_string());
+        log::debug!(target: LOGFMT_TARGET, "msg=drop {facts}{dst} dropped={count} error={reason:?}");
     }
 
     pub(super) fn log_reply(&self, rep: Rep, bnd: &Addr) {
@@ -244,7 +269,7 @@ impl Drop for SessionLog {
     }
 }
 
-/// The fields of a request, which all lines of a session have.
+/// The fields of the client and its request, which all lines of a session have.
 struct Facts<'a>(&'a SessionLog);
 
 impl fmt::Display for Facts<'_> {
@@ -255,34 +280,47 @@ impl fmt::Display for Facts<'_> {
             Some(client) => write!(f, " from={client}")?,
             None => write!(f, " from=unix")?,
         }
-        if let Some(user) = &log.user {
-            write!(f, " user=\"{}\"", user.escape_ascii())?;
-        }
-        field(f, " method=", log.method)?;
-        field(f, " protection=", log.method.filter(|method| *method == Method::GSSAPI).map(|_| log.level))?;
-        field(f, " command=", log.command)?;
-        if let Some(dst) = log.dst.as_ref().filter(|_| log.command != Some(Command::UdpAssociate)) {
-            write!(f, " to={:?}", dst.to_string())?;
-        }
-        field(f, " addr=", log.addr.map(AddrPort::socket_addr))?;
-        log.via.as_ref().map_or(Ok(()), |hop| write!(f, " via={:?}", hop.name))
+        Field(" user=", log.user.as_ref().map(|user| format!("\"{}\"", user.escape_ascii()))).fmt(f)?;
+        Field(" method=", log.method).fmt(f)?;
+        Field(" protection=", log.method.filter(|method| *method == Method::GSSAPI).map(|_| log.level)).fmt(f)?;
+        Field(" command=", log.command).fmt(f)?;
+        let dst = log.dst.as_ref().filter(|_| log.command != Some(Command::UdpAssociate));
+        Field(" to=", dst.map(|dst| format!("{:?}", dst.to_string()))).fmt(f)
+    }
+}
+
+/// The fields of the connection to the target.
+struct Reached<'a>(&'a SessionLog);
+
+impl fmt::Display for Reached<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(log) = self;
+        Field(" addr=", log.addr.map(AddrPort::socket_addr)).fmt(f)?;
+        Field(" via=", log.via.as_ref().map(|hop| format!("{:?}", hop.name))).fmt(f)
     }
 }
 
 impl fmt::Display for SessionLog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Facts(self).fmt(f)?;
-        field(f, " bnd=", self.bnd.map(AddrPort::socket_addr))?;
-        field(f, " rep=", self.rep.map(|rep| rep.0))?;
+        write!(f, "{}{}", Facts(self), Reached(self))?;
+        Field(" bnd=", self.bnd.map(AddrPort::socket_addr)).fmt(f)?;
+        Field(" rep=", self.rep.map(|rep| rep.0)).fmt(f)?;
+        let is_association = self.command == Some(Command::UdpAssociate) && self.bnd.is_some();
+        Field(" targets=", is_association.then(|| self.targets.get())).fmt(f)?;
         let [up, down] = [&self.bytes.up, &self.bytes.down].map(|bytes| bytes.load(Ordering::Relaxed));
         let elapsed = Duration::from_millis(uptime_ms().saturating_sub(self.started));
         write!(f, " up={up} down={down} seconds={}.{:03}", elapsed.as_secs(), elapsed.subsec_millis())?;
-        self.error.get().map_or(Ok(()), |error| write!(f, " error={error:?}"))
+        Field(" error=", self.error.get().map(|error| format!("{error:?}"))).fmt(f)
     }
 }
 
-fn field(f: &mut fmt::Formatter<'_>, key: &str, value: Option<impl fmt::Display>) -> fmt::Result {
-    value.map_or(Ok(()), |value| write!(f, "{key}{value}"))
+/// A key with its value; nothing if the value is not known.
+struct Field<T>(&'static str, Option<T>);
+
+impl<T: fmt::Display> fmt::Display for Field<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.1.as_ref().map_or(Ok(()), |value| write!(f, "{}{value}", self.0))
+    }
 }
 
 /// Values separated by commas.

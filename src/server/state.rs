@@ -104,7 +104,7 @@ impl Session {
         let found = timeout_at(deadline, lookup(&self.server().resolver, dst)).await;
         let found = found.unwrap_or(Err(DialError::Resolver));
         if let Host::Name(_) = dst.host {
-            self.log.log_lookup(&found);
+            self.log.log_lookup(None, &found);
         }
         found.map_err(|error| SessionError::from_dial(error, dst))
     }

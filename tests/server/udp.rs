@@ -6,6 +6,7 @@ mod client_port;
 mod filter;
 mod fragments;
 mod lifetime;
+mod log;
 mod names;
 mod ports;
 mod relay;

@@ -97,6 +97,10 @@ impl<'a> GsoBatch<'a> {
         self.count == 0
     }
 
+    pub(crate) fn has_payload(&self) -> bool {
+        !self.is_empty() && self.segment_len > self.header_len
+    }
+
     /// Sets the peer and the header of an empty batch. `write_header` appends to the buffer.
     pub(crate) fn begin(&mut self, peer: SocketAddr, write_header: impl FnOnce(&mut Vec<u8>)) {
         self.peer = Some(peer);

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::super::options::Hop;
+use super::super::session_log::SessionLog;
 use super::sent_to::SentTo;
 use super::upstream::Upstream;
 use crate::net::{BatchSocket, GsoBatch, unspecified};
@@ -21,8 +22,10 @@ pub(super) struct Egress {
 
 impl Egress {
     /// Sends one datagram to an address of `name`. Returns false if it is lost.
-    pub(super) fn send(&mut self, addr: SocketAddr, name: &HostName, data: &[u8]) -> bool {
-        self.sent_to.insert(addr.ip(), Some(name));
+    pub(super) fn send(&mut self, log: &SessionLog, addr: SocketAddr, name: &HostName, data: &[u8]) -> bool {
+        if self.sent_to.insert(addr.ip(), Some(name)) {
+            log.log_target(&format_args!("{}:{}", name.as_str(), addr.port()), Some(addr), None);
+        }
         let Ok(socket) = self.socket(addr) else { return false };
         socket.report_unreachable(addr.ip());
         socket.send_bytes(Some(addr), data).is_ok()
@@ -37,9 +40,11 @@ impl Egress {
     }
 
     /// Sends and clears a batch. Returns the number of bytes sent.
-    pub(super) fn send_batch(&mut self, batch: &mut GsoBatch<'_>) -> usize {
+    pub(super) fn send_batch(&mut self, log: &SessionLog, batch: &mut GsoBatch<'_>) -> usize {
         let Some(dst) = batch.peer().filter(|_| !batch.is_empty()) else { return 0 };
-        self.sent_to.insert(dst.ip(), None);
+        if self.sent_to.insert(dst.ip(), None) {
+            log.log_target(&dst, Some(dst), None);
+        }
         let sent = self.socket(dst).map_or(0, |socket| socket.send_batch(Some(dst), batch));
         batch.clear();
         sent

@@ -25,6 +25,13 @@ const DATAGRAM_OVERHEAD: usize = 64;
 /// A datagram to a name that is being resolved: port and payload.
 pub(super) type WaitingDatagram = (u16, Vec<u8>);
 
+/// A name whose lookup has ended, and the datagrams that waited for it.
+pub(super) struct Resolved {
+    pub(super) name: HostName,
+    pub(super) result: Result<Vec<SocketAddr>, DialError>,
+    pub(super) waiting: Vec<WaitingDatagram>,
+}
+
 /// The addresses of names, and the lookups.
 pub(super) struct NameCache {
     resolver: Resolver,
@@ -58,15 +65,17 @@ impl NameCache {
         selected
     }
 
-    /// Stores a datagram until its name is resolved. Above a limit the datagram is dropped.
-    pub(super) fn wait(&mut self, now: Instant, name: &HostName, port: u16, data: &[u8]) {
+    /// Stores a datagram until its name is resolved. Returns false above a limit: the caller drops the datagram.
+    pub(super) fn wait(&mut self, now: Instant, name: &HostName, port: u16, data: &[u8]) -> bool {
         let waiting = self.lookups.iter().flat_map(|lookup| &lookup.waiting);
         let size: usize = waiting.map(|(_, data)| data.len() + DATAGRAM_OVERHEAD).sum();
         if size + data.len() <= MAX_WAITING_BYTES
             && let Some(lookup) = self.look_up(now, name)
         {
             lookup.waiting.push((port, data.to_vec()));
+            return true;
         }
+        false
     }
 
     /// Records that a datagram was not delivered. Returns false if all addresses of the name have failed.
@@ -111,26 +120,25 @@ impl NameCache {
         self.lookups.last_mut()
     }
 
-    /// Polls the lookups. Returns the names resolved since the last call, with their waiting datagrams.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Vec<(HostName, Vec<WaitingDatagram>)> {
+    /// Polls the lookups. Returns those that have ended since the last call.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Vec<Resolved> {
         let mut resolved = Vec::new();
         self.lookups.retain_mut(|lookup| {
             let Poll::Ready(result) = lookup.addrs.as_mut().poll(cx) else { return true };
-            // Failures are not cached: the next datagram starts a new lookup. Waiting datagrams are dropped. After a
-            // failure in the background, the known addresses stay.
-            let Ok(addrs) = result else { return false };
-            match self.names.get_mut(&lookup.name) {
-                Some(known) => known.update(&addrs),
-                None => {
+            match (&result, self.names.get_mut(&lookup.name)) {
+                (Ok(addrs), Some(known)) => known.update(addrs),
+                (Ok(addrs), None) => {
                     if self.names.len() >= MAX_CACHED_NAMES {
                         self.names.clear();
                     }
-                    self.names.insert(lookup.name.clone(), NameAddrs::new(lookup.started, &addrs));
+                    self.names.insert(lookup.name.clone(), NameAddrs::new(lookup.started, addrs));
                 }
+                // Failures are not cached: the next datagram starts a new lookup. After a failure in the background,
+                // the known addresses stay.
+                (Err(_), _) => {}
             }
-            if !lookup.waiting.is_empty() {
-                resolved.push((lookup.name.clone(), take(&mut lookup.waiting)));
-            }
+            let (name, waiting) = (lookup.name.clone(), take(&mut lookup.waiting));
+            resolved.push(Resolved { name, result, waiting });
             false
         });
         resolved

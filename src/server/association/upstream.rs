@@ -166,6 +166,7 @@ pub(super) async fn open_only_route(session: &mut Session, control: &Conn) -> Se
     Ok(vec![upstream])
 }
 
+/// Returns the route of all datagrams, if the rules allow only one.
 pub(super) fn only_route(session: &Session) -> Option<Route> {
     session.policy.policy.rules.only_route(&session.log.access_request())
 }
