@@ -42,7 +42,7 @@ const UNPROTECTED: &str = "1.0.0.0 126.255.255.255 128.0.0.0 169.253.255.255 169
                            255.255.255.254 198.51.100.1 8.8.8.8 10.0.0.1 172.16.0.1 192.168.0.1 100.100.100.200 ::2 \
                            fd00:ec2::253 fd00:ec2::255 fe7f:ffff:ffff:ffff:ffff:ffff:ffff:ffff fec0:: fe00::1 \
                            feff:ffff:ffff:ffff:ffff:ffff:ffff:ffff 2001:db8::1 2606:4700::1 2001:1:7f00:1:: \
-                           2003:7f00:1:: 64:ff9b:1::7f00:1 ::fffe:7f00:1";
+                           2003:7f00:1:: 64:ff9b:2::7f00:1 ::fffe:7f00:1";
 
 fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { failure_persistence: None, cases, ..ProptestConfig::default() }
@@ -115,8 +115,8 @@ fn evaluate(rules: &Rules, facts: &str) -> String {
     describe(rules.evaluate(&request, &|to| to == own_listener))
 }
 
-/// Returns an IPv4 address and the four IPv6 addresses that embed it: IPv4-mapped, NAT64, 6to4 and Teredo.
-fn embedded_addrs(ip: Ipv4Addr) -> [IpAddr; 5] {
+/// Returns an IPv4 address and the five IPv6 addresses that embed it: IPv4-mapped, NAT64, 6to4, Teredo and local NAT64.
+fn embedded_addrs(ip: Ipv4Addr) -> [IpAddr; 6] {
     let [a, b, c, d] = ip.octets();
     let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
     [
@@ -125,5 +125,6 @@ fn embedded_addrs(ip: Ipv4Addr) -> [IpAddr; 5] {
         Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, low).into(),
         Ipv6Addr::new(0x2002, high, low, 0, 0, 0, 0, 1).into(),
         Ipv6Addr::new(0x2001, 0, 0xc612, 0x0001, 0, 0x1234, !high, !low).into(),
+        Ipv6Addr::new(0x64, 0xff9b, 1, 0xabcd, 0, 0x5678, high, low).into(),
     ]
 }

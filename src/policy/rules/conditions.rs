@@ -199,11 +199,12 @@ pub(super) fn embedded_addrs(ip: IpAddr) -> impl Iterator<Item = IpAddr> {
     [Some(ip), embedded.map(IpAddr::V4), teredo_server.map(IpAddr::V4)].into_iter().flatten()
 }
 
-/// Returns the IPv4 address embedded in an IPv6 address: IPv4-mapped, NAT64 (RFC 6052), 6to4 (RFC 3056) or the Teredo
-/// client (RFC 4380).
+/// Returns the IPv4 address embedded in an IPv6 address: IPv4-mapped, NAT64 (RFC 6052, and the local prefix of
+/// RFC 8215), 6to4 (RFC 3056) or the Teredo client (RFC 4380).
 pub fn embedded_ipv4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     match ip.segments() {
         [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(ipv4(high, low)),
+        [0x64, 0xff9b, 1, .., high, low] => Some(ipv4(high, low)),
         [0x2002, high, low, ..] => Some(ipv4(high, low)),
         [0x2001, 0, .., high, low] => Some(ipv4(!high, !low)),
         _ => None,

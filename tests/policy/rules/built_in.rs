@@ -77,7 +77,7 @@ fn allow_with_to_overrides_built_in_denials_for_its_targets_only() {
 fn deny_compares_outer_and_embedded_addresses_and_allow_the_innermost() {
     // The Teredo client is 198.51.100.1; the Teredo server is 127.0.0.1, then 192.0.2.1.
     let (bad, good) = ("2001:0:7f00:1:0:0:39cc:9bfe", "2001:0:c000:201:0:0:39cc:9bfe");
-    let outer = "allow to=2002::/16,64:ff9b::/96,2001::/32,::/96";
+    let outer = "allow to=2002::/16,64:ff9b::/96,2001::/32,::/96,64:ff9b:1::/48";
     let table = [
         ("", bad, "deny protected"),
         ("", good, "allow default-allow"),
@@ -97,8 +97,14 @@ fn deny_compares_outer_and_embedded_addresses_and_allow_the_innermost() {
     }
     let forms = embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)).map(|ip| ip.to_string());
     // Indexes of the forms that the net includes.
-    let nets =
-        [("198.51.100.0/24", 0..5), ("::/0", 1..5), ("2002::/16", 3..4), ("64:ff9b::/96", 2..3), ("2001::/32", 4..5)];
+    let nets = [
+        ("198.51.100.0/24", 0..6),
+        ("::/0", 1..6),
+        ("2002::/16", 3..4),
+        ("64:ff9b::/96", 2..3),
+        ("2001::/32", 4..5),
+        ("64:ff9b:1::/48", 5..6),
+    ];
     for (net, denied) in nets {
         for (i, to) in forms.iter().enumerate() {
             let expected = if denied.contains(&i) { "deny line 1" } else { "allow default-allow" };

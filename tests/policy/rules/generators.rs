@@ -24,6 +24,7 @@ enum Kind {
     V6,
     Mapped,
     Nat64,
+    LocalNat64,
     SixToFour,
     Teredo,
 }
@@ -101,6 +102,7 @@ fn any_ip(kind: Kind) -> BoxedStrategy<Ip> {
         match kind {
             Kind::V4 | Kind::V6 | Kind::Mapped => 0xffff << 32 | ip,
             Kind::Nat64 => 0x0064_ff9b << 96 | ip,
+            Kind::LocalNat64 => 0x0064_ff9b_0001 << 80 | rest >> 16 << 32 | ip,
             Kind::SixToFour => 0x2002 << 112 | ip << 80 | rest,
             Kind::Teredo => 0x2001 << 112 | server << 64 | rest >> 32 << 32 | (0xffff_ffff - ip),
         }
@@ -134,7 +136,10 @@ fn any_client() -> BoxedStrategy<Ip> {
 }
 
 fn any_target() -> BoxedStrategy<Ip> {
-    Union::new([Kind::V4, Kind::V6, Kind::Mapped, Kind::Nat64, Kind::SixToFour, Kind::Teredo].map(any_ip)).boxed()
+    Union::new(
+        [Kind::V4, Kind::V6, Kind::Mapped, Kind::Nat64, Kind::LocalNat64, Kind::SixToFour, Kind::Teredo].map(any_ip),
+    )
+    .boxed()
 }
 
 pub fn any_target_pattern() -> impl Strategy<Value = TargetPattern> {

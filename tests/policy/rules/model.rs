@@ -174,7 +174,7 @@ fn embedded_addrs(ip: Ip) -> Vec<Ip> {
 /// Returns the IPv4 address of the host that an IPv6 address reaches.
 fn embedded_ipv4(ip: Ip) -> Option<u32> {
     let Ip::V6(ip) = ip else { return None };
-    if ip >> 32 == 0xffff || ip >> 32 == 0x0064_ff9b << 64 {
+    if ip >> 32 == 0xffff || ip >> 32 == 0x0064_ff9b << 64 || ip >> 80 == 0x0064_ff9b_0001 {
         return Some(low(ip));
     }
     if ip >> 112 == 0x2002 {

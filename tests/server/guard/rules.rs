@@ -59,7 +59,7 @@ const TABLE: [(&str, &[&str]); 7] = [
         "deny to=127.0.0.1",
         &[
             "127.0.0.1 - connect 2 127.0.0.1:P a.test:P 0.0.0.0:P [::ffff:127.0.0.1]:P [::ffff:0.0.0.0]:P",
-            "127.0.0.1 - connect 2 [64:ff9b::7f00:1]:P [2002:7f00:1::]:P [2001::80ff:fffe]:P",
+            "127.0.0.1 - connect 2 [64:ff9b::7f00:1]:P [64:ff9b:1::7f00:1]:P [2002:7f00:1::]:P [2001::80ff:fffe]:P",
             // Addresses that are sent as names.
             "127.0.0.1 - connect 2 =[::ffff:127.0.0.1]:P =::ffff:127.0.0.1:P =127.0.0.1:P",
             "127.0.0.1 - connect 2 127.1:P 2130706433:P 0x7f000001:P 0:P",
