@@ -3,6 +3,7 @@
 use std::net::{SocketAddr, UdpSocket};
 
 use super::association::{Association, assert_nothing_arrives, datagram, receive, socket};
+use crate::guard::tools::associate;
 use crate::support::{
     Server, TIMEOUT, UDP_ASSOCIATE, V4, idle_descriptors, in_namespace, open, raise_fd_limit, serve, session_lines,
     udp_echo_server, wait_until,
@@ -74,6 +75,14 @@ fn udp_associations_on_a_shared_port_are_isolated() {
     assert_nothing_arrives(&target);
     // Other programs cannot bind the port.
     assert!(!is_free(waiting.bnd));
+    // Clients with other addresses.
+    let others = ["127.0.0.5", "127.0.0.6", "127.0.0.6"]
+        .map(|ip| associate(server.addr(), ip.parse().expect("an address"), None));
+    for (number, other) in (0..3).zip(&others).rev() {
+        assert_eq!(other.bnd, waiting.bnd);
+        other.send(dst, &[number]);
+        assert_eq!(receive(&target).0, [number]);
+    }
     // A malformed datagram does not take up a new association.
     let new = Association::new(&server);
     unknown.send_to(b"malformed", new.bnd).expect("datagram sent");
