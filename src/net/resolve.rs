@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
+use rustix::pipe::{PipeFlags, pipe_with};
 use smol::lock::Semaphore;
 
 use super::dial::{DialError, with_scope};
@@ -29,7 +30,8 @@ impl Resolver {
     /// limits the time.
     ///
     /// # Errors
-    /// [`DialError::NameNotFound`], [`DialError::FamilyUnavailable`] or [`DialError::Resolver`].
+    /// [`DialError::NameNotFound`], [`DialError::FamilyUnavailable`], [`DialError::Resolver`] or
+    /// [`DialError::LocalResources`].
     pub async fn lookup(&self, name: &str, port: u16) -> Result<Vec<SocketAddr>, DialError> {
         let is_zoned = zoned_address(name).is_some();
         if let Some(ip) = parse_literal(name).filter(|_| !is_zoned) {
@@ -132,6 +134,8 @@ fn is_host_name(name: &str) -> bool {
 
 fn lookup_error(kind: LookupErrorKind) -> DialError {
     match kind {
+        // getaddrinfo(3) needs two descriptors at most. Without them, it reports that the name does not exist.
+        _ if pipe_with(PipeFlags::CLOEXEC).is_err() => DialError::LocalResources,
         LookupErrorKind::NoName | LookupErrorKind::NoData => DialError::NameNotFound,
         LookupErrorKind::Family => DialError::FamilyUnavailable,
         _ => DialError::Resolver,

@@ -61,8 +61,8 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
         return;
     }
     let server = serve_with_descriptors("40:40");
-    // Its request follows when no descriptor is free.
-    let mut late = greet(&server);
+    // Their requests follow when no descriptor is free.
+    let [mut late, mut late_name] = [(); 2].map(|()| greet(&server));
     let dst = echo_server();
     let (mut tunnel, rep, _) = open(&server, CONNECT, dst);
     assert_eq!(rep, 0);
@@ -70,6 +70,8 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     server.wait_log(|log| log.contains("too many open files"));
     late.write_all(&request(CONNECT, dst)).expect("request sent");
     assert_eq!(read_reply(&mut late).0, 1);
+    late_name.write_all(&name_request(dst.port())).expect("request sent");
+    assert_eq!(read_reply(&mut late_name).0, 1);
     // The load is measured over at least 1.2 s.
     let (started, before) = (Instant::now(), server.cpu_seconds());
     while started.elapsed() < Duration::from_millis(1200) {
@@ -88,6 +90,14 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     assert!(resumed.elapsed() < Duration::from_secs(5), "{:?}", resumed.elapsed());
     ping(&mut tunnel, b"still open too");
     assert_eq!(open(&server, CONNECT, dst).1, 0);
+    let mut client = greet(&server);
+    client.write_all(&name_request(dst.port())).expect("request sent");
+    assert_eq!(read_reply(&mut client).0, 0, "a name that was not found before");
+}
+
+/// A request to connect to localhost.
+fn name_request(port: u16) -> Vec<u8> {
+    [&[5, 1, 0, 3, 9][..], b"localhost", &port.to_be_bytes()].concat()
 }
 
 #[test]
