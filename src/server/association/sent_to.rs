@@ -8,6 +8,9 @@ use crate::proto::{Addr, HostName};
 /// Maximum number of addresses. The oldest is removed first.
 const MAX_ADDRS: usize = 4096;
 
+/// Maximum number of destinations through hops that are counted. They can be long names.
+const MAX_COUNTED_THROUGH_HOPS: usize = 256;
+
 /// The target addresses of one association.
 #[derive(Default)]
 pub(super) struct SentTo {
@@ -44,7 +47,9 @@ impl SentTo {
 
     /// Records a destination that is sent to through a hop. Returns true if it is new. At the limit, none is.
     pub(super) fn insert_through_hop(&mut self, dst: &Addr) -> bool {
-        self.through_hops.len() < MAX_ADDRS && !self.through_hops.contains(dst) && self.through_hops.insert(dst.clone())
+        self.through_hops.len() < MAX_COUNTED_THROUGH_HOPS
+            && !self.through_hops.contains(dst)
+            && self.through_hops.insert(dst.clone())
     }
 
     /// Returns `None` for an address that nothing was sent to, else the name of the address if it has one.
