@@ -17,7 +17,7 @@ pub const LOOKUP_INTERVAL: Duration = Duration::from_secs(60);
 /// Maximum number of addresses of a name. Further ones are ignored.
 pub const MAX_ADDRS: usize = 16;
 /// Maximum number of ports of a name with a state of their own. Above it, the oldest is forgotten.
-const MAX_PORTS: usize = 16;
+const MAX_PORTS: usize = 8;
 
 /// The addresses of one name.
 #[derive(Debug)]
