@@ -5,9 +5,10 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use tempfile::TempDir;
 
 use crate::support::scripted::text;
@@ -93,10 +94,16 @@ impl ProcessGroup {
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
         // The group's id is the child's process id, which is not reused until the child has been waited for.
+        let group = Pid::from_child(&self.child);
         if !self.ended {
-            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+            let _ = kill_process_group(group, Signal::KILL);
         }
         let _ = self.child.wait();
+        // The others of the group still have their ports. Another process waits for them, which may take its time.
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while test_kill_process_group(group).is_ok() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -144,7 +151,7 @@ impl OtherServer {
 
 impl Drop for OtherServer {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if thread::panicking() {
             eprintln!("the log of the server at {}:\n{}", self.addr, self.log());
         }
     }

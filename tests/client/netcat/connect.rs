@@ -216,6 +216,7 @@ fn target_host_can_have_the_name_of_a_mode() {
 fn usage_errors_do_not_contain_passwords() {
     for args in [
         "connect alice:topsecret@proxy.test",
+        "connect alice:a@topsecret@proxy.test",
         "udp socks5h://alice:topsecret@proxy.test:80 x",
         "connect --proxy-auth-file alice:topsecret a.example:1",
     ] {

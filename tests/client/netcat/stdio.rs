@@ -92,6 +92,11 @@ fn quit_after_counts_from_end_of_stdin() {
         let _ = stream.write_all(b"hello");
         let _ = stream.read_to_end(&mut Vec::new());
     });
+    // The end of stdin is passed on all the same.
+    let late = tcp_server(V4, |mut stream| {
+        let _ = stream.read_to_end(&mut Vec::new()).and_then(|_| stream.write_all(b"bye"));
+    });
+    assert_eq!(outcome(&format!("connect -q 10s -x {proxy} {late}"), b"data"), success("bye"));
     // Without a half-close the target never closes the connection.
     let started = Instant::now();
     assert_eq!(outcome(&format!("connect --no-shutdown -q 300ms -x {proxy} {target}"), b""), success("hello"));
