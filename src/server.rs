@@ -140,7 +140,7 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
         // The panic of a worker is already reported.
         let _ = thread.join();
     }
-    result.map_err(ServerError::io("worker threads"))
+    result
 }
 
 /// Returns the wildcard addresses of IPv6 whose port does not accept IPv4: other programs accept both there.
@@ -243,8 +243,8 @@ fn raise_descriptor_limit() -> u64 {
 }
 
 /// Handles signals until [`wait_end_signal`] returns. Then stops accepting, and returns when all sessions have ended,
-/// after `drain`, or at a second SIGTERM or SIGINT. Returns the error of a worker that ends earlier: a supervisor would not notice a server that
-/// runs without one of its threads.
+/// after `drain`, or at a second SIGTERM or SIGINT. Returns the error of a worker that ends earlier, and of the stream of
+/// signals: a supervisor would not notice a server that runs without one of its threads, or that no signal ends.
 async fn run_until_shutdown(
     mut signals: Signals,
     terminal: &Terminal,
@@ -252,7 +252,7 @@ async fn run_until_shutdown(
     drain: Duration,
     reports: Receiver<WorkerReport>,
     reload: impl AsyncFn(),
-) -> io::Result<()> {
+) -> Result<(), ServerError> {
     let end_signal = async {
         wait_end_signal(&mut signals, async || {
             let is_end = terminal.is_gone();
@@ -261,14 +261,13 @@ async fn run_until_shutdown(
             }
             is_end
         })
-        .await;
-        Ok(())
+        .await
     };
     // A report that all have ended precedes the error of the only worker.
     let worker_error = async {
         while let Ok(report) = reports.recv().await {
             if let WorkerReport::Failed(error) = report {
-                return Err(error);
+                return Err(ServerError::io("worker threads")(error));
             }
         }
         std::future::pending().await
@@ -278,29 +277,36 @@ async fn run_until_shutdown(
         server.workers.stop_accepting();
     }
     log::info!("shutting down: draining sessions for up to {} s", drain.as_secs());
-    let drained = async { while !matches!(reports.recv().await, Ok(WorkerReport::AllEnded) | Err(_)) {} };
+    let drained = async {
+        while !matches!(reports.recv().await, Ok(WorkerReport::AllEnded) | Err(_)) {}
+        Ok(())
+    };
     let timeout = async {
         Timer::after(drain).await;
         log::info!("shutting down: drain time over, closing the remaining sessions");
+        Ok(())
     };
     let second_signal = async {
         // When a terminal is closed, the shell and the kernel may both send SIGHUP.
-        wait_end_signal(&mut signals, async || false).await;
+        wait_end_signal(&mut signals, async || false).await?;
         log::info!("shutting down: second signal, closing the remaining sessions");
+        Ok(())
     };
-    drained.or(timeout).or(second_signal).await;
-    Ok(())
+    drained.or(timeout).or(second_signal).await
 }
 
 /// Returns at SIGTERM or SIGINT, or at a SIGHUP for which `hang_up` returns true. Logs the counters at SIGUSR1, even with
 /// `--quiet`: the line was asked for.
-async fn wait_end_signal(signals: &mut Signals, hang_up: impl AsyncFn() -> bool) {
-    while let Some(Ok(signal @ (Signal::Hup | Signal::Usr1))) = signals.next().await {
-        if signal == Signal::Usr1 {
-            let level = if log::log_enabled!(Level::Info) { Level::Info } else { Level::Warn };
-            log::log!(target: LOGFMT_TARGET, level, "msg=counters {COUNTERS}");
-        } else if hang_up().await {
-            return;
+async fn wait_end_signal(signals: &mut Signals, hang_up: impl AsyncFn() -> bool) -> Result<(), ServerError> {
+    while let Some(signal) = signals.next().await {
+        match signal.map_err(ServerError::io("wait for a signal"))? {
+            Signal::Usr1 => {
+                let level = if log::log_enabled!(Level::Info) { Level::Info } else { Level::Warn };
+                log::log!(target: LOGFMT_TARGET, level, "msg=counters {COUNTERS}");
+            }
+            Signal::Hup if !hang_up().await => {}
+            _ => return Ok(()),
         }
     }
+    Err(ServerError::io("wait for a signal")(io::ErrorKind::UnexpectedEof.into()))
 }

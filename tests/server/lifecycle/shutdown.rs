@@ -3,12 +3,13 @@
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::support::scripted::RunningProgram;
 use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, assert_no_data, echo_server, greet, greet_at, open, ping,
-    read_exact, s5, session_lines, stream_end, timed, tunnel, wait_until,
+    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, assert_no_data, echo_server, greet, greet_at,
+    is_installed, open, ping, read_exact, s5, session_lines, stream_end, timed, tunnel, wait_until,
 };
 
 #[test]
@@ -119,4 +120,27 @@ fn server_survives_a_closed_log_pipe() {
     child.kill().expect("the child can be killed");
     child.wait().expect("the child can be waited for");
     assert!(result.is_ok() && is_running);
+}
+
+#[test]
+fn signal_that_cannot_be_read_ends_the_server_with_status_1() {
+    if !is_installed("strace") {
+        return;
+    }
+    for is_draining in [false, true] {
+        let mut server = Server::start(&["--drain-timeout", "60"]);
+        let _tunnel = tunnel(&server);
+        if is_draining {
+            server.signal("TERM");
+            server.wait_log(|log| log.contains("shutting down: draining sessions"));
+        }
+        // Only the main thread is traced, which reads the number of the signal from a socket.
+        let mut strace = Command::new("strace");
+        strace.args(["-e", "trace=recvfrom", "-e", "inject=recvfrom:error=EIO", "-p", &server.pid().to_string()]);
+        let strace = RunningProgram::start(&mut strace);
+        strace.stderr(|text| text.contains("attached"));
+        server.signal("USR1");
+        assert_eq!(server.wait(TIMEOUT).code(), Some(1), "draining: {is_draining}");
+        server.wait_log(|log| log.contains("s5: wait for a signal: input/output error\n"));
+    }
 }
