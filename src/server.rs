@@ -85,6 +85,9 @@ pub type LoadConfiguration<'a> = dyn Fn() -> Result<Configuration, String> + 'a;
 
 /// Runs until SIGTERM, SIGINT or the end of the terminal, then drains. Reloads at each other SIGHUP. Blocks.
 pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -> Result<(), ServerError> {
+    // Before the server can be reached: until then, SIGHUP and SIGUSR1 end the process.
+    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
+    let signals = signals.map_err(ServerError::io("handle signals"))?;
     let default_max_sessions = default_max_sessions(raise_descriptor_limit());
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let mut listeners = Vec::new();
@@ -100,8 +103,6 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
         return Err(ServerError::Config(error));
     }
     let terminal = Terminal::at_start();
-    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
-    let signals = signals.map_err(ServerError::io("handle signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     for addr in ipv6_only(&policy.listen_addrs) {
         log::info!("{addr} accepts IPv6 alone (for IPv4 too, use --listen *:{})", addr.port());
