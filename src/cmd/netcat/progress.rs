@@ -37,7 +37,9 @@ impl ProgressLine<'_> {
         let (size, rate) = (format_size(bytes), format_size(u64::try_from(rate).unwrap_or(u64::MAX)));
         let seconds = elapsed.as_secs();
         let (minutes, seconds) = (seconds / 60, seconds % 60);
-        let _ = write!(io::stderr(), "\r\x1b[K{size} in {minutes}:{seconds:02}, {rate}/s{end}");
+        let line = format!("\r\x1b[K{size} in {minutes}:{seconds:02}, {rate}/s{end}");
+        // A single write: the reader of stdout, which is closed already, may print at the same time.
+        let _ = io::stderr().write_all(line.as_bytes());
     }
 }
 
