@@ -85,6 +85,7 @@ pub type LoadConfiguration<'a> = dyn Fn() -> Result<Configuration, String> + 'a;
 
 /// Runs until SIGTERM, SIGINT or the end of the terminal, then drains. Reloads at each other SIGHUP. Blocks.
 pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -> Result<(), ServerError> {
+    let terminal = Terminal::at_start();
     // Before the server can be reached: until then, SIGHUP and SIGUSR1 end the process.
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
     let signals = signals.map_err(ServerError::io("handle signals"))?;
@@ -102,7 +103,6 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
     if let Some(error) = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options)) {
         return Err(ServerError::Config(error));
     }
-    let terminal = Terminal::at_start();
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     for addr in ipv6_only(&policy.listen_addrs) {
         log::info!("{addr} accepts IPv6 alone (for IPv4 too, use --listen *:{})", addr.port());
