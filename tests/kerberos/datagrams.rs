@@ -26,7 +26,7 @@ fn datagrams_of_all_sizes_and_in_bursts_pass_at_every_level() {
         let (status, _, stderr) = client.wait_exit(TIMEOUT);
         assert!(status.success(), "{stderr}");
         let total: usize = lengths.iter().sum();
-        wait_session(&server, &[ALICE, "command=udp", &format!("rep=0 up={total} down={total} ")]);
+        wait_session(&server, &[ALICE, "command=udp", &format!("rep=0 targets=1 up={total} down={total} ")]);
 
         let mut client = RunningProgram::start(&mut udp(&target));
         let burst: String = (0..100).map(|i| format!("datagram {i}\n")).collect();
