@@ -83,6 +83,7 @@ fn nodns_and_proxy_auth_of_other_clients_are_accepted() {
 fn error_says_what_is_meant() {
     let ambiguous = "fd77:1::1:1080 is ambiguous (write [fd77:1::1]:1080, or [fd77:1::1:1080] if it has no port)";
     let meant = "expected one HOST:PORT (-x takes the proxy: -x 203.0.113.7:7 example.org:80)";
+    let user_name = "expected a host without a user name (-x takes the URL of a proxy)";
     let table = [
         ("connect http://example.org/", "target: expected HOST:PORT, not a URL (write example.org:80)"),
         ("udp https://u:p@example.org:8443/a?b", "target: expected HOST:PORT, not a URL (write example.org:8443)"),
@@ -90,6 +91,12 @@ fn error_says_what_is_meant() {
         ("connect nosuch://example.org 80", "target: expected HOST:PORT, not a URL (write example.org:PORT)"),
         ("connect 203.0.113.7:7 example.org:80", &format!("target: {meant}")),
         ("udp 203.0.113.7:7 example.org:80", &format!("target: {meant}")),
+        ("connect user@example.org 22", &format!("target: {user_name}")),
+        ("connect u:secret@example.org:1080", &format!("target: {user_name}")),
+        ("connect u:secret@203.0.113.7:7 example.org:80", &format!("target: {user_name}")),
+        ("udp user@example.org:53", &format!("target: {user_name}")),
+        ("bind user@example.org", &format!("peer: {user_name}")),
+        ("bind a:1 u:secret@example.org", &format!("peer: {user_name}")),
         ("connect -u example.org 53", "unrecognized option -u (use s5 udp)"),
         ("connect -x fd77:1::1:1080 a:1", &format!("--proxy: {ambiguous}")),
         ("connect -x socks5h://u:secret@fd77:1::1:1080 a:1", &format!("--proxy: {ambiguous}")),

@@ -3,8 +3,11 @@
 use super::options::ClientArgs;
 use crate::client::{parse_addr, parse_addr_or_host, parse_port};
 use crate::cmd::cli::exit::CliError;
-use crate::cmd::cli::secrets::without_userinfo;
 use crate::proto::{Addr, split_host_port};
+
+/// The error for an operand with `user@` or `user:password@`. The operand is not printed: that of a proxy may have a
+/// password.
+const USER_NAME: &str = "expected a host without a user name (-x takes the URL of a proxy)";
 
 /// Returns the target, given as `host:port` or as `host port`. `None`: there is none, and `-z` does not need one.
 pub(crate) fn target(args: &ClientArgs, is_udp: bool) -> Result<Option<Addr>, CliError> {
@@ -15,6 +18,7 @@ pub(crate) fn target(args: &ClientArgs, is_udp: bool) -> Result<Option<Addr>, Cl
             return Err(CliError::usage(format!("a target is required: HOST:PORT, or HOST and PORT{purpose}")));
         }
         [url, ..] if url.contains("://") => Err(url_error(url)),
+        operands if operands.iter().any(|operand| operand.contains('@')) => Err(USER_NAME.into()),
         [host_port] => parse_addr(host_port, is_udp),
         [host, port] if parse_addr(host, is_udp).is_err() => host_and_port(host, port, is_udp),
         [proxy, target] if parse_addr(target, is_udp).is_ok() => {
@@ -36,6 +40,7 @@ pub(crate) fn expected_peer(args: &ClientArgs) -> Result<Option<Addr>, CliError>
             Err(format!("expected HOST, found a port (the proxy chooses its port; 0.0.0.0:{port} asks for this one)"))
         }
         [url, ..] if url.contains("://") => Err(url_error(url)),
+        operands if operands.iter().any(|operand| operand.contains('@')) => Err(USER_NAME.into()),
         [peer] => parse_addr_or_host(peer, 0),
         [host, port] if parse_addr(host, false).is_err() => host_and_port(host, port, false),
         [_, extra, ..] => {
@@ -45,9 +50,8 @@ pub(crate) fn expected_peer(args: &ClientArgs) -> Result<Option<Addr>, CliError>
     parsed.map(Some).map_err(|error| operand_error("peer", &error))
 }
 
-/// Removes a password: the operand may be the URL of a proxy, given without `-x`.
 fn operand_error(operand: &str, error: &str) -> CliError {
-    CliError::usage(format!("{operand}: {}", without_userinfo(error)))
+    CliError::usage(format!("{operand}: {error}"))
 }
 
 fn host_and_port(host: &str, port: &str, is_udp: bool) -> Result<Addr, String> {
