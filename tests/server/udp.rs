@@ -8,5 +8,6 @@ mod fragments;
 mod lifetime;
 mod log;
 mod names;
+mod nat;
 mod ports;
 mod relay;
