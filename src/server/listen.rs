@@ -63,7 +63,7 @@ fn meant(text: &str) -> Option<String> {
     let split = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
     let (host, port) = match split {
         Some(("", port)) => return Some(format!("*:{port} for all addresses, or {port} for loopback")),
-        Some((host, port)) if host.parse::<Ipv6Addr>().is_ok() => (host, port),
+        Some((host, port)) if host.split('%').next().is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()) => (host, port),
         _ => (text, DEFAULT_PORT),
     };
     match host.parse().ok()? {
@@ -251,6 +251,7 @@ mod tests {
             ("::", "*:1080"),
             (":::1081", "*:1081"),
             ("::1:1081", "[::1]:1081"),
+            ("fe80::1%eth0:1081", "[fe80::1%eth0]:1081"),
             ("::1", "[::1]:1080"),
             ("[2001:db8::7]", "[2001:db8::7]:1080"),
             ("2001:db8::7", "[2001:db8::7]:1080"),

@@ -9,7 +9,7 @@ use super::super::session_log::SessionLog;
 use super::sent_to::SentTo;
 use super::upstream::Upstream;
 use crate::net::{BatchSocket, GsoBatch, unspecified};
-use crate::proto::HostName;
+use crate::proto::{Addr, Host, HostName};
 
 #[derive(Default)]
 pub(super) struct Egress {
@@ -24,7 +24,8 @@ impl Egress {
     /// Sends one datagram to an address of `name`. Returns false if it is lost.
     pub(super) fn send(&mut self, log: &SessionLog, addr: SocketAddr, name: &HostName, data: &[u8]) -> bool {
         if self.sent_to.insert(addr.ip(), Some(name)) {
-            log.log_target(&format_args!("{}:{}", name.as_str(), addr.port()), Some(addr), None);
+            let dst = Addr { host: Host::Name(name.clone()), port: addr.port() };
+            log.log_target(&dst, Some(addr), None);
         }
         let Ok(socket) = self.socket(addr) else { return false };
         socket.report_unreachable(addr.ip());
