@@ -72,7 +72,7 @@ fn server_and_clients_listen_on_and_forward_to_link_local_addresses() {
     let proxy = "[fe80::1%c0]:1080";
     let any = Ipv6Addr::UNSPECIFIED.into();
     let (tcp, udp) = (echo_server_at(any).port(), udp_echo_server(any).port());
-    let near = Server::start(&[]);
+    let near = Server::start(&["-v"]);
     for option in [&["--via", proxy][..], &["--hop", "h=[fe80::1%c0]:1080", "--allow", "via=h"]] {
         let first = Server::start(option);
         for chain in [first.addr().to_string(), format!("{},{proxy}", near.addr())] {
@@ -94,6 +94,10 @@ fn server_and_clients_listen_on_and_forward_to_link_local_addresses() {
     // BIND at a server whose client is on loopback: the zone selects the interface.
     let bound = bound_address(&start(&format!("bind -x {} fe80::1%c0", near.addr())));
     assert_eq!(bound.ip().to_string(), "fe80::2");
+    let args = format!("udp -n 1 -w 5 -x {} [fe80::2%c0]:{udp}", near.addr());
+    assert_eq!(outcome(&args, b"hello\n"), success("hello\n"));
+    let logged = format!(" to=\"[fe80::2%c0]:{udp}\" addr=[");
+    near.wait_log(|log| log.lines().any(|line| line.contains("msg=datagram ") && line.contains(&logged)));
     assert_eq!(outcome(&format!("connect --direct [fe80::2%c0]:{tcp}"), b"hello"), success("hello"));
     assert_eq!(outcome(&format!("udp --direct -n 1 -w 5 [fe80::2%c0]:{udp}"), b"hello\n"), success("hello\n"));
 }
