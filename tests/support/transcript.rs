@@ -90,13 +90,27 @@ pub struct Transcript {
 }
 
 impl Transcript {
-    /// Parses a file. Errors name the line.
-    pub fn read(path: &Path) -> Result<Self, String> {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let text = std::fs::read_to_string(path).map_err(|error| format!("{name}: {error}"))?;
+    /// Parses a file: one transcript, or one for each row of its table. Errors name the line.
+    pub fn read(path: &Path) -> Result<Vec<Self>, String> {
+        let file = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let text = std::fs::read_to_string(path).map_err(|error| format!("{file}: {error}"))?;
+        let lines: Vec<(usize, &str)> = (1..).zip(text.lines()).collect();
+        let (table, lines): (Vec<_>, Vec<_>) = lines.into_iter().partition(|(_, line)| line.starts_with("| "));
+        if table.is_empty() {
+            return Ok(vec![Self::parse(file, &lines, &[])?]);
+        }
+        let rows = table.iter().map(|(_, row)| unquoted(&row[1..], '|').map(str::trim).collect::<Vec<_>>());
+        rows.map(|cells| Self::parse(format!("{file} ({})", cells[0]), &lines, &cells[1..])).collect()
+    }
+
+    /// Parses the lines of a transcript, with these cells instead of $1, $2 and so on.
+    fn parse(name: String, lines: &[(usize, &str)], cells: &[&str]) -> Result<Self, String> {
+        let fact = lines.first().and_then(|(_, line)| line.strip_prefix("# ")?.strip_suffix(']')?.rsplit_once(" ["));
+        let (_, requirements) = fact.ok_or(format!("{name}:1: expected a fact and the numbers of its requirements"))?;
+        let requirements = requirements.split(' ').map(str::parse).collect::<Result<_, _>>();
         let mut transcript = Self {
-            name: name.clone(),
-            requirements: Vec::new(),
+            requirements: requirements.map_err(|_| format!("{name}:1: expected numbers"))?,
+            name,
             role: Role::Server,
             server_args: Vec::new(),
             users: Vec::new(),
@@ -109,17 +123,14 @@ impl Transcript {
             stdout: Vec::new(),
             stderr: Vec::new(),
         };
-        if !text.starts_with("# ") {
-            return Err(format!("{name}:1: expected a comment that states the fact"));
-        }
-        for (number, line) in (1..).zip(text.lines()) {
-            if line.trim().is_empty() || line.starts_with('#') {
-                continue;
+        for (number, line) in &lines[1..] {
+            let line = (1..=9).fold((*line).to_owned(), |line, column| {
+                line.replace(&format!("${column}"), cells.get(column - 1).copied().unwrap_or_default())
+            });
+            for part in steps(&line) {
+                let parsed = transcript.parse_line(*number, part);
+                parsed.map_err(|error| format!("{}:{number}: {error}", transcript.name))?;
             }
-            transcript.parse_line(number, line).map_err(|error| format!("{name}:{number}: {error}"))?;
-        }
-        if transcript.requirements.is_empty() {
-            return Err(format!("{name}: expected a line \"requirements:\""));
         }
         Ok(transcript)
     }
@@ -132,11 +143,6 @@ impl Transcript {
         let (key, value) = line.split_once(':').map_or((line, ""), |(key, value)| (key, value.trim()));
         let words = || value.split_whitespace().map(String::from);
         match key {
-            "requirements" => {
-                let numbers: Result<_, _> = words().map(|word| word.parse()).collect();
-                self.requirements = numbers.map_err(|_| "requirements: expected numbers")?;
-            }
-            "role" if value == "server" => self.role = Role::Server,
             "role" => self.role = Role::Client(words().collect()),
             "server" => self.server_args.extend(words()),
             "user" | "bcrypt user" => {
@@ -157,10 +163,28 @@ impl Transcript {
     }
 }
 
-/// Parses a script: steps that are separated by line ends or semicolons. No text of a script has a semicolon.
+/// Splits text at a separator, except inside quotes.
+fn unquoted(text: &str, separator: char) -> impl Iterator<Item = &str> {
+    let (mut quoted, mut escaped) = (false, false);
+    text.split(move |c| {
+        let ends = c == separator && !quoted;
+        quoted ^= c == '"' && !escaped;
+        escaped = c == '\\' && !escaped;
+        ends
+    })
+}
+
+/// The steps of a line, separated by semicolons.
+fn steps(line: &str) -> impl Iterator<Item = &str> {
+    unquoted(line, ';').map(str::trim).filter(|step| !step.is_empty())
+}
+
+/// Parses a script: steps that are separated by line ends or semicolons.
 pub fn script(text: &str) -> Vec<Step> {
-    let lines = text.split(['\n', ';']).map(str::trim).filter(|line| !line.is_empty());
-    lines.map(|line| step(line).and_then(|step| step.ok_or("unknown step".into())).expect(line)).collect()
+    text.lines()
+        .flat_map(steps)
+        .map(|line| step(line).and_then(|step| step.ok_or("unknown step".into())).expect(line))
+        .collect()
 }
 
 fn step(line: &str) -> Result<Option<Step>, String> {
@@ -222,17 +246,7 @@ pub fn items(text: &str) -> Result<Vec<Item>, String> {
 
 /// Returns the length of the first word. A space ends a word, except inside quotes.
 fn word_len(text: &str) -> usize {
-    let (mut quoted, mut escaped) = (false, false);
-    for (i, c) in text.char_indices() {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' => escaped = true,
-            '"' => quoted = !quoted,
-            ' ' if !quoted => return i,
-            _ => {}
-        }
-    }
-    text.len()
+    unquoted(text, ' ').next().map_or(0, str::len)
 }
 
 fn item(word: &str) -> Result<Item, String> {

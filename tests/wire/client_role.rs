@@ -11,7 +11,7 @@ use crate::support::transcript::{Role, Transcript};
 pub fn play(transcript: &Transcript, byte_by_byte: bool) -> Result<(), String> {
     let chunking = if byte_by_byte { "byte by byte" } else { "line by line" };
     let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({chunking}): {what}", transcript.name);
-    let Role::Client(args) = &transcript.role else { return Err(at(1, "role: server".into())) };
+    let Role::Client(args) = &transcript.role else { return Err(at(1, "role: client".into())) };
     // No other test uses this address.
     let ip = if transcript.proxy_ip.is_ipv4() { Ipv4Addr::new(127, 0, 0, 7).into() } else { transcript.proxy_ip };
     let mut player = Player::new(SocketAddr::new(ip, 0)).map_err(|error| at(1, error.to_string()))?;

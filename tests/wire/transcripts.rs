@@ -1,11 +1,12 @@
 //! Plays the transcripts in `*.txt` against `s5 serve` and the s5 clients. `README.md` introduces them.
 //!
-//! A transcript starts with a comment that states its fact, and lists the RFC requirements that it tests. Its keywords:
+//! A transcript starts with a comment that states its fact, and the RFC requirements that it tests. Lines may be joined
+//! with `;`. Rows at the end make a table: each is a transcript of its own, with its name in the first cell, and the other
+//! cells in the places of $1, $2 and so on. The keywords:
 //!
 //! ```text
-//! # A correct password is answered 01 00 (RFC 1929 section 2).
-//! requirements: 30 31             row numbers of the table in README.md
-//! role: server                    s5 is the server; otherwise the arguments of the s5 client ({proxy}: the test)
+//! # A correct password is answered 01 00 (RFC 1929 section 2). [30 31]    numbers of rows of the table in README.md
+//! role: connect -x {proxy} ...    the arguments of the s5 client ({proxy}: the test); otherwise s5 is the server
 //! server: --bind-timeout 1s       more arguments for s5 serve
 //! user: "alice" "secret"          a user of the server (argon2id); with `bcrypt user:` the hash is bcrypt
 //! over: ::1                       IP address of the proxy [default: 127.0.0.1 for s5, 127.0.0.7 for the test]
@@ -28,6 +29,7 @@
 //! status: 105                     exit status of the client [default: 0]
 //! stdout: "text"                  complete output of the client on stdout [default: empty]
 //! stderr: refused                 part of the client's output on stderr
+//! | a wrong name | 05 "mallo"     a row of the table: name, $1
 //! ```
 //!
 //! Placeholders: `{bnd}` in a reply accepts any loopback address with a port. `{same-bnd}` in a reply, and `{bnd}`
@@ -49,7 +51,7 @@ use crate::{client_role, server_role, support};
 #[test]
 fn transcripts_are_distinct_and_cover_every_requirement() {
     let all = transcripts();
-    assert!(all.len() >= 65, "{} transcripts", all.len());
+    assert!(all.len() >= 250, "{} transcripts", all.len());
     let cited: BTreeSet<u32> = all.iter().flat_map(|transcript| transcript.requirements.clone()).collect();
     assert!(cited.iter().all(|requirement| (1..=33).contains(requirement)), "{cited:?}");
     // Other tests cover the default port (1, below), encapsulation (6) and GSSAPI (33).
@@ -90,7 +92,8 @@ fn readme_table_lists_tests_that_cover_each_requirement() {
             let prefix = name.trim_end_matches('*');
             let is_match = |file: &str| if prefix == name { file == name } else { file.starts_with(prefix) };
             let covers = |transcript: &&Transcript| {
-                is_match(transcript.name.trim_end_matches(".txt")) && transcript.requirements.contains(&requirement)
+                transcript.name.split_once(".txt").is_some_and(|(file, _)| is_match(file))
+                    && transcript.requirements.contains(&requirement)
             };
             assert!(all.iter().any(|transcript| covers(&transcript)), "requirement {requirement}: {name}");
         }
@@ -155,7 +158,7 @@ fn transcripts() -> Vec<Transcript> {
     let mut paths: Vec<_> = entries.map(|entry| entry.expect("directory entry").path()).collect();
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "txt"));
     paths.sort();
-    paths.iter().map(|path| Transcript::read(path).unwrap_or_else(|error| panic!("{error}"))).collect()
+    paths.iter().flat_map(|path| Transcript::read(path).unwrap_or_else(|error| panic!("{error}"))).collect()
 }
 
 /// Plays the server transcripts with these chunkings, then checks that the servers have released all descriptors.
