@@ -35,7 +35,8 @@ pub struct ServeArgs {
     /// *:PORT (all addresses) or unix:/PATH. 0.0.0.0:PORT accepts IPv4 alone, and \[::\]:PORT IPv6 alone. An address
     /// family that the host does not have is skipped. A link-local address has a zone, as in \[fe80::1%eth0\]:1080.
     /// With port 0 the kernel chooses the port, and s5 logs it. PORT can be the name of a service. A Unix socket that
-    /// no process uses is replaced; one in use is an error. Its file has the permissions of the umask. Addresses other
+    /// no process uses is replaced; one in use is an error. Its file has the permissions of the umask. Its clients send
+    /// and receive datagrams at 127.0.0.1, where a port that they announce keeps others away. Addresses other
     /// than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,

@@ -42,6 +42,8 @@ pub enum DialError {
     FamilyUnavailable,
     /// A link-local address has no zone, which selects the interface.
     ZoneRequired,
+    /// The zone of a link-local address is not an interface of this machine.
+    NoInterface,
     /// No route to the network of the target.
     NetworkUnreachable,
     /// No answer within the time limit.
@@ -82,6 +84,7 @@ impl fmt::Display for DialError {
             Self::Resolver => "temporary failure in name resolution",
             Self::FamilyUnavailable => "no address of a usable family",
             Self::ZoneRequired => "a link-local address requires a zone, as in fe80::1%eth0",
+            Self::NoInterface => "no such interface on this machine",
             Self::NetworkUnreachable => "network unreachable",
             Self::TimedOut => "timed out",
             Self::NameNotFound => "name not found",

@@ -30,8 +30,8 @@ impl Resolver {
     /// limits the time.
     ///
     /// # Errors
-    /// [`DialError::NameNotFound`], [`DialError::FamilyUnavailable`], [`DialError::Resolver`] or
-    /// [`DialError::LocalResources`].
+    /// [`DialError::NameNotFound`], [`DialError::NoInterface`], [`DialError::FamilyUnavailable`],
+    /// [`DialError::Resolver`] or [`DialError::LocalResources`].
     pub async fn lookup(&self, name: &str, port: u16) -> Result<Vec<SocketAddr>, DialError> {
         let is_zoned = zoned_address(name).is_some();
         if let Some(ip) = parse_literal(name).filter(|_| !is_zoned) {
@@ -45,7 +45,11 @@ impl Resolver {
         smol::unblock(move || {
             let _permit = permit;
             let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
-            let found = getaddrinfo(Some(&name), None, Some(hints)).map_err(|error| lookup_error(error.kind()))?;
+            let found =
+                getaddrinfo(Some(&name), None, Some(hints)).map_err(|error| match lookup_error(error.kind()) {
+                    DialError::NameNotFound if is_zoned => DialError::NoInterface,
+                    error => error,
+                })?;
             let mut addrs: Vec<SocketAddr> = Vec::new();
             for info in found.flatten().take(MAX_ADDRS_PER_NAME) {
                 let addr = with_scope(canonical(info.sockaddr.ip(), port), info.sockaddr);

@@ -13,7 +13,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::client::{parse_addr, parse_port};
 use crate::conn::DetachedConn;
-use crate::net::{accept, bind_error, set_tcp_options};
+use crate::net::{DialError, accept, bind_error, set_tcp_options};
 use crate::proto::{Addr, DEFAULT_PORT, Host};
 
 /// Connections that wait for accept(2). The kernel limits it to net.core.somaxconn.
@@ -94,7 +94,11 @@ impl ListenAddr {
         let both_families = |v4: Ipv4Addr, v6: Ipv6Addr, port| vec![(v4, port).into(), (v6, port).into()];
         Ok(match self {
             Self::Host(Addr { host: Host::Ip(ip), port }) => vec![(*ip, *port).into()],
-            Self::Host(Addr { host: Host::Name(name), port }) => (name.as_str(), *port).to_socket_addrs()?.collect(),
+            Self::Host(Addr { host: Host::Name(name), port }) => {
+                let found = (name.as_str(), *port).to_socket_addrs();
+                let no_interface = |_| io::Error::other(DialError::NoInterface);
+                if name.is_zoned_address() { found.map_err(no_interface)? } else { found? }.collect()
+            }
             Self::Loopback(port) => both_families(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port),
             Self::Wildcard(port) => both_families(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port),
             Self::Unix(_) => Vec::new(),

@@ -71,7 +71,7 @@ fn rep_for(error: DialError, is_name: bool) -> Rep {
         DialError::LocalResources | DialError::LocalAddr | DialError::Resolver => Rep::GENERAL_FAILURE,
         DialError::Denied => Rep::NOT_ALLOWED,
         DialError::NetworkUnreachable | DialError::ZoneRequired => Rep::NETWORK_UNREACHABLE,
-        DialError::HostUnreachable | DialError::NameNotFound => Rep::HOST_UNREACHABLE,
+        DialError::HostUnreachable | DialError::NameNotFound | DialError::NoInterface => Rep::HOST_UNREACHABLE,
         DialError::Refused => Rep::CONNECTION_REFUSED,
         DialError::TimedOut => Rep::TTL_EXPIRED,
         // The client chose the family of an address, but not of a name.

@@ -123,8 +123,21 @@ fn link_local_address_without_a_zone_fails_with_the_reason() {
     assert_eq!((status, stderr.contains("network unreachable (REP 3)")), (Some(103), true), "{stderr}");
     server.wait_log(|log| log.matches(reason).count() >= 2);
     // No interface has this name.
-    assert_line("connect -x [fe80::1%nope]:1080 a:1", 5, &["proxy [fe80::1%nope]:1080: resolving the proxy's name"]);
-    assert_line("connect -l [fe80::1%nope]:1 a:1", 2, &["this machine has no such interface"]);
+    let reason = "no such interface on this machine";
+    for (args, status, text) in [
+        ("connect -x [fe80::1%nope]:1080 a:1", 5, "proxy [fe80::1%nope]:1080: resolving the proxy's name, for a:1: "),
+        ("udp -x [fe80::1%nope]:1080 a:1", 5, "proxy [fe80::1%nope]:1080: resolving the proxy's name, for a:1: "),
+        ("connect --direct [fe80::1%nope]:80", 6, "direct: resolving the target's name, for [fe80::1%nope]:80: "),
+        ("udp --direct [fe80::1%nope]:80", 6, "direct: resolving the target's name, for [fe80::1%nope]:80: "),
+        ("connect -l [fe80::1%nope]:1 a:1", 2, "-l '[fe80::1%nope]:1': "),
+        ("udp -l [fe80::1%nope]:1 a:1", 2, "-l '[fe80::1%nope]:1': "),
+        ("serve --listen [fe80::1%nope]:1", 1, "listen on [fe80::1%nope]:1: "),
+    ] {
+        assert_line(args, status, &[text, reason]);
+    }
+    let (status, _, stderr) = outcome(&format!("connect -x {} [fe80::1%nope]:80", server.addr()), b"");
+    assert_eq!((status, stderr.contains("(REP 4)")), (Some(104), true), "{stderr}");
+    server.wait_log(|log| log.contains(reason));
     // Only link-local addresses have a zone.
     for addr in ["[::1%lo]:1", "[2001:db8::1%lo]:1", "[fe80::1%]:1"] {
         assert_line(&format!("connect {addr}"), 2, &["invalid IPv6 address"]);

@@ -11,6 +11,7 @@ use crate::cmd::cli::syntax::{OPTIONAL_VALUE, Syntax};
 use crate::cmd::cli::values::{
     parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout, parse_udp_relay,
 };
+use crate::net::DialError;
 use crate::proto::{Addr, Host, Method, ProtectionLevel};
 use crate::server::ListenAddr;
 
@@ -297,7 +298,7 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
             (Ipv4Addr::LOCALHOST.into(), *port)
         }
         Ok(zoned @ ListenAddr::Host(Addr { host: Host::Name(name), .. })) if name.is_zoned_address() => {
-            return zoned.addrs().first().copied().ok_or_else(|| "this machine has no such interface".into());
+            return zoned.addrs().first().copied().ok_or_else(|| DialError::NoInterface.to_string());
         }
         _ => return Err("expected [ADDR:]PORT (-l takes a value: write other options before it)".into()),
     };

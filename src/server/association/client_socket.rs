@@ -155,9 +155,11 @@ impl ClientSocket {
     }
 }
 
-/// Returns the address that the client sends from: that of the control connection (on a Unix socket, loopback). The port
-/// is that of DST if DST is this address, else 0. Behind NAT, a client does not know its address and port, and some
-/// clients send a target as DST.
+/// Returns the address that the client sends from: that of the control connection. The port is that of DST if DST is this
+/// address, else 0. Behind NAT, a client does not know its address and port, and some clients send a target as DST.
+///
+/// A client on a Unix socket can send only from 127.0.0.1, because the relay is there. So this is its address, and a port
+/// that it announces keeps other users of this host away (RFC 1928 section 7).
 fn expected_sender(session: &Session, control: &Conn, dst: &Addr) -> SocketAddr {
     let mut addr = session.log.client().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
     let dst_ip = match &dst.host {

@@ -53,18 +53,27 @@ fn udp_dst_other_than_the_client_is_ignored() {
 }
 
 #[test]
-fn udp_dst_of_a_unix_client_is_a_target() {
+fn udp_port_of_dst_counts_for_a_unix_client_if_dst_is_127_0_0_1() {
     let dir = temp_dir();
     let path = dir.path().join("s5.sock");
     let _server = serve(&format!("unix:{}", path.display()), 1, &[]);
-    let mut control = UnixStream::connect(&path).expect("the listener accepts");
-    control.write_all(&[&[5, 1, 0][..], &request(UDP_ASSOCIATE, addr("8.8.8.8:53"))].concat()).expect("data sent");
-    let mut answers = [0; 12];
-    control.read_exact(&mut answers).expect("both answers received");
-    let bnd = SocketAddr::new(V4, u16::from_be_bytes([answers[10], answers[11]]));
-    let (client, sent) = (socket(V4), datagram(0, udp_echo_server(V4), b"hello"));
-    client.send_to(&sent, bnd).expect("datagram sent");
-    assert_eq!(receive(&client), (sent, bnd));
+    let echo = udp_echo_server(V4);
+    for announced in [None, Some("8.8.8.8:53"), Some("127.0.0.2:53"), Some("[::1]:53")] {
+        let (client, other) = (socket(V4), socket(V4));
+        let own = client.local_addr().expect("local address");
+        let mut control = UnixStream::connect(&path).expect("the listener accepts");
+        let request = request(UDP_ASSOCIATE, announced.map_or(own, addr));
+        control.write_all(&[&[5, 1, 0][..], &request].concat()).expect("data sent");
+        let mut answers = [0; 12];
+        control.read_exact(&mut answers).expect("both answers received");
+        let bnd = SocketAddr::new(V4, u16::from_be_bytes([answers[10], answers[11]]));
+        let sent = datagram(0, echo, b"hello");
+        // Another user of this host sends first.
+        let first = if announced.is_none() { &other } else { &client };
+        let _ = first.send_to(&sent, bnd);
+        client.send_to(&sent, bnd).expect("datagram sent");
+        assert_eq!(receive(&client), (sent, bnd), "{announced:?}");
+    }
 }
 
 /// Opens an association of a client at `ip`, the address of the server too.
