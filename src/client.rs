@@ -315,10 +315,16 @@ impl Client {
     async fn send_request(&self, conn: &mut Conn, command: Command, dst: &Addr) -> Result<Addr, ClientErrorKind> {
         self.enter_phase(Phase::Request);
         write(conn, &Request { command, dst: dst.clone() }).await?;
-        self.read_reply(conn).await
+        let bnd = self.read_reply(conn).await?;
+        let problem = match command {
+            Command::Bind if bnd.port == 0 => "no address, or port 0 in the reply to BIND",
+            Command::UdpAssociate if bnd.port == 0 => "no address, or port 0 in the reply to UDP ASSOCIATE",
+            _ => return Ok(bnd),
+        };
+        Err(ClientErrorKind::Protocol(problem.into()))
     }
 
-    /// Reads a reply. Returns its BND.
+    /// Reads a reply. Returns its BND: unspecified if it is neither an address nor a host name.
     async fn read_reply(&self, conn: &mut Conn) -> Result<Addr, ClientErrorKind> {
         let record_rep = |rep| self.last_answer.set((self.last_answer.get().0, Some(rep)));
         let reply: Reply = conn.read_message().await.map_err(|error| match &error {
@@ -332,9 +338,14 @@ impl Client {
             },
         })?;
         record_rep(reply.rep);
-        log::debug!("reply: {} (REP {}), bnd {}", reply.rep, reply.rep.0, reply.bnd.to_string().escape_debug());
+        let bnd = match &reply.bnd.host {
+            // Scripts and programs read BND: they must not get any other text.
+            Host::Name(name) if !name.is_plain() => Addr::UNSPECIFIED,
+            _ => reply.bnd,
+        };
+        log::debug!("reply: {} (REP {}), bnd {bnd}", reply.rep, reply.rep.0);
         match reply.rep {
-            Rep::SUCCEEDED => Ok(reply.bnd),
+            Rep::SUCCEEDED => Ok(bnd),
             rep => Err(ClientErrorKind::Rep(rep)),
         }
     }

@@ -76,9 +76,6 @@ impl Client {
                 let bnd =
                     if self.options.proxy_is_udp_relay { Addr { port: bnd.port, ..Addr::UNSPECIFIED } } else { bnd };
                 let relay = self.resolve_unspecified_bnd(bnd, &control);
-                if relay.port == 0 {
-                    return Err(ClientErrorKind::Protocol("port 0 in the reply to UDP ASSOCIATE".into()));
-                }
                 hops.push(HopAssociation {
                     control,
                     protection,

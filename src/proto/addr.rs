@@ -34,6 +34,16 @@ impl HostName {
         &self.0
     }
 
+    /// Returns true for an address or a host name: labels of ASCII letters, digits, `-` and `_` that do not begin with `-`
+    /// (RFC 1123 section 2.1). So it is safe in a file, a variable or a command line. Its length is not checked.
+    pub fn is_plain(&self) -> bool {
+        let is_label_char = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        let is_label = |label: &str| !label.is_empty() && !label.starts_with('-') && label.chars().all(is_label_char);
+        let (ip, zone) = self.0.split_once('%').unwrap_or((&self.0, "lo"));
+        let name = self.0.strip_suffix('.').unwrap_or(&self.0);
+        name.split('.').all(is_label) || ip.parse::<Ipv6Addr>().is_ok() && zone.split('.').all(is_label)
+    }
+
     /// Returns true for a link-local address with a zone, such as `fe80::1%eth0`. It is encoded as a name (ATYP 3),
     /// because ATYP 4 has no room for the zone.
     pub fn is_zoned_address(&self) -> bool {

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use crate::bind::bound_address;
 use crate::support::scripted::{RunningProgram, ScriptedServer, reply, text};
-use crate::support::{TIMEOUT, is_installed, run, temp_dir, wait_until};
+use crate::support::{Server, TIMEOUT, is_installed, run, temp_dir, wait_until};
 use crate::{command, outcome, outcome_of, serve, start};
 
 /// Waits until a file exists, and returns the address in it.
@@ -108,6 +108,45 @@ fn address_file_descriptor_appends_at_its_position() {
     let client = RunningProgram::start(command.args(["-c", &script, env!("CARGO_BIN_EXE_s5")]).arg(&log));
     let expected = format!("before\n{}\n", bound_address(&client));
     wait_until("the address is appended", TIMEOUT, || fs::read_to_string(&log).is_ok_and(|text| text == expected));
+}
+
+#[test]
+fn text_that_is_no_address_does_not_get_out_of_a_reply() {
+    let dir = temp_dir();
+    let path = dir.path().join("address");
+    for name in ["-e/bin/sh -x", "-x", "a b", "$(id)", "a;b", "../x", "a..b", "fe80::1%-x", "x@y", "\u{202e}x", "a:b"] {
+        let bytes: String = name.bytes().map(|byte| format!(" {byte:02x}")).collect();
+        let bnd = format!("05 00 00 03 {:02x}{bytes} 10 e1", name.len());
+        for mode in ["bind -vv", "udp -vv"] {
+            let proxy = ScriptedServer::start(&reply(&bnd));
+            let file =
+                if mode.starts_with("bind") { format!(" --address-file {}", path.display()) } else { String::new() };
+            let (status, _, stderr) = outcome(&format!("{mode} -x {}{file} 127.0.0.1 80", proxy.addr), b"");
+            assert_eq!((status, stderr.contains(name)), (Some(97), false), "{mode}: {stderr}");
+            assert!(stderr.contains("no address, or port 0 in the reply to ") && !path.exists(), "{stderr}");
+        }
+        // CONNECT needs no BND.
+        let proxy = ScriptedServer::start(&reply(&bnd));
+        let mut command = command(&format!("connect -vv --json -x {} 127.0.0.1:80 -c", proxy.addr));
+        let (status, _, stderr) = outcome_of(command.arg("echo \"BND $S5_BND\" >&2"), b"");
+        assert_eq!(
+            (status, stderr.contains("BND 0.0.0.0:0\n"), stderr.contains(name)),
+            (Some(0), true, false),
+            "{stderr}"
+        );
+        let via = ScriptedServer::start(&reply(&bnd)).addr.to_string();
+        let server = Server::start(&["-v", "-v", "--via", &via]);
+        assert_eq!(outcome(&format!("connect -z -x {} 127.0.0.1:80", server.addr()), b"").0, Some(0));
+        let log = server.wait_log(|log| log.contains("msg=session "));
+        assert!(!log.contains(name), "{log}");
+    }
+    for name in ["host", "_a-b.example.", "127.0.0.1", "fe80::1%eth0.1"] {
+        let bytes: String = name.bytes().map(|byte| format!(" {byte:02x}")).collect();
+        let second = format!("< 05 00 00 03 {:02x}{bytes} 10 e1", name.len());
+        let proxy = ScriptedServer::start(&format!("{} {second}", reply(second.trim_start_matches("< "))));
+        let (status, _, stderr) = outcome(&format!("bind -x {}", proxy.addr), b"");
+        assert_eq!((status, stderr.matches(name).count()), (Some(0), 2), "{stderr}");
+    }
 }
 
 #[test]
