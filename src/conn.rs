@@ -253,7 +253,8 @@ impl Conn {
     }
 }
 
-fn to_canonical_addr(addr: SocketAddr) -> SocketAddr {
+/// Returns an IPv4-mapped address as IPv4. Others keep their scope.
+pub(crate) fn to_canonical_addr(addr: SocketAddr) -> SocketAddr {
     match addr.ip().to_canonical() {
         ip if ip == addr.ip() => addr,
         ip => SocketAddr::new(ip, addr.port()),
@@ -262,9 +263,8 @@ fn to_canonical_addr(addr: SocketAddr) -> SocketAddr {
 
 impl Stream for Conn {
     fn abort(&self) {
-        if let Err(error) = self.set_reset_on_close(true) {
-            log::debug!("reset connection: {error}");
-        }
+        // Fails for no connection: at worst, the close is orderly.
+        let _ = self.set_reset_on_close(true);
     }
 
     fn keep_alive(&self, peer_has_ended: bool) {

@@ -12,8 +12,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use crate::proto::{Method, ProtectionLevel};
-use rules::{AccessRequest, Decision, Identity, Rule, Rules, UserPattern};
+use crate::proto::{Command, Method, ProtectionLevel};
+use rules::{AccessRequest, Decision, Identity, Route, Rule, Rules, UserPattern};
 use users::Users;
 
 /// An error in a rules file or users file.
@@ -104,8 +104,20 @@ impl Policy {
     }
 }
 
+/// Returns whether a request that `rule` allows can reach its target by this route. A target that is not known can.
+pub fn is_reachable(request: &AccessRequest<'_>, rule: &Rule, route: Route) -> bool {
+    let Some(ip) = request.target_ip else { return true };
+    let has_port = request.target_port != Some(0);
+    match request.command {
+        Some(Command::Connect) => route != Route::Direct || has_port && is_unicast(ip),
+        // Multicast and broadcast are possible if a rule names them.
+        Some(Command::UdpAssociate) => has_port && (is_unicast(ip) || rule.has_to_condition()),
+        Some(Command::Bind) | None => true,
+    }
+}
+
 /// Returns whether `ip` is outside multicast, broadcast and class E (240.0.0.0/4), and so can belong to a single host.
-pub fn is_unicast(ip: IpAddr) -> bool {
+fn is_unicast(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip < Ipv4Addr::new(224, 0, 0, 0),
         IpAddr::V6(ip) => !ip.is_multicast(),

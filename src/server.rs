@@ -50,7 +50,7 @@ use listen::Listener;
 pub use local_addr::is_local;
 pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
-pub use session_log::LOGFMT_TARGET;
+pub use session_log::{LOGFMT_TARGET, current_session};
 use state::Server;
 use terminal::Terminal;
 use worker::{Worker, WorkerPool, WorkerReport};

@@ -354,11 +354,10 @@ impl AssociationRelay<'_> {
     fn send_to_hop(&mut self, index: usize, dst: &Addr, data: &[u8]) -> bool {
         let Session { permit, log, .. } = &mut *self.session;
         let Some(hop) = permit.server.options.hops.get(index) else { return false };
-        log.via.get_or_insert_with(|| hop.clone());
         if self.egress.sent_to.insert_through_hop(dst) {
             log.log_target(dst, None, Some(hop));
         }
-        self.egress.upstream(index, hop).is_some_and(|upstream| upstream.send(&permit.server, dst, data))
+        self.egress.upstream(log, index, hop).is_some_and(|upstream| upstream.send(&permit.server, dst, data))
     }
 
     /// Sends the datagrams whose names have been resolved. Returns false if there are none.

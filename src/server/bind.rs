@@ -15,7 +15,7 @@ use super::options::Hop;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::Session;
-use crate::conn::Conn;
+use crate::conn::{Conn, to_canonical_addr};
 use crate::net::{ACCEPT_RETRY_DELAY, DialError, Interest, Io, accept, parse_literal, sleep, timeout_at, unspecified};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Command, Host, PortRange, Rep};
@@ -33,7 +33,7 @@ pub(super) async fn serve(
         Route::Direct => bind_directly(session, client, dst).await,
         Route::Hop(index) => {
             let hop = session.server().hop(index)?;
-            session.log.via = Some(hop.clone());
+            session.log.add_via(&hop);
             bind_via_hop(session, client, dst, &hop).await
         }
     }
@@ -107,7 +107,7 @@ impl Session {
             let accepted = listener.with(Interest::Read, accept).await;
             match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
                 Ok((stream, Some(peer))) => {
-                    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+                    let peer = to_canonical_addr(peer);
                     let route = || self.authorize(&with_addr(self.log.access_request(), peer));
                     if expected.includes(peer) && route().is_ok_and(|route| route == Some(Route::Direct)) {
                         return (Conn::Tcp(stream), peer);

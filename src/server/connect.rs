@@ -20,20 +20,22 @@ pub(super) async fn serve(
 ) -> SessionResult<Conn> {
     let deadline = Instant::now() + session.server().options.connect_timeout;
     let (route, addrs) = session.cancellable(client, session.resolve_route(dst, route, deadline)).await?;
-    if let Route::Hop(hop) = route {
-        session.log.via = Some(session.server().hop(hop)?);
-    }
+    let hop = match route {
+        Route::Direct => None,
+        Route::Hop(index) => Some(session.server().hop(index)?),
+    };
+    hop.iter().for_each(|hop| session.log.add_via(hop));
     if let [only] = *addrs {
         session.log.set_addr(only);
     }
     let connecting = async {
-        match &session.log.via {
+        match &hop {
             None => {
                 let dialed = dial(addrs, LocalAddr::default(), deadline).await;
                 let (target, addr) = dialed.map_err(|error| SessionError::from_dial(error, dst))?;
                 let target = Conn::Tcp(target);
                 let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
-                Ok((target, bnd.into(), addr.into()))
+                Ok((target, bnd.into(), Some(addr)))
             }
             Some(hop) => {
                 let targets =
@@ -43,17 +45,16 @@ pub(super) async fn serve(
         }
     };
     let (target, bnd, addr) = session.cancellable(client, connecting).await?;
-    if let Host::Ip(ip) = addr.host {
-        session.log.set_addr(SocketAddr::new(ip, addr.port));
+    if let Some(addr) = addr {
+        session.log.set_addr(addr);
     }
     session.log.log_connect();
-    let is_direct = session.log.via.is_none();
-    session.reply_success(client, bnd, || target.peer_addr().filter(|_| is_direct)).await?;
+    session.reply_success(client, bnd, || target.peer_addr().filter(|_| hop.is_none())).await?;
     Ok(target)
 }
 
-/// A connection to a target, its BND, and the address or name that was connected to.
-type Connected = (Conn, Addr, Addr);
+/// A connection to a target, its BND, and the address that was connected to, if it is known.
+type Connected = (Conn, Addr, Option<SocketAddr>);
 
 /// Requests one target after the other from the hop, until one succeeds.
 async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: Instant) -> SessionResult<Connected> {
@@ -61,7 +62,13 @@ async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: I
     for dst in targets {
         let client = server.hop_client(hop, dst.clone(), deadline);
         match client.request(Command::Connect).await {
-            Ok((conn, bnd)) => return Ok((conn, bnd, dst)),
+            Ok((conn, bnd)) => {
+                let addr = match dst.host {
+                    Host::Ip(ip) => Some(SocketAddr::new(ip, dst.port)),
+                    Host::Name(_) => None,
+                };
+                return Ok((conn, bnd, addr));
+            }
             Err(error) => last_error = SessionError::from_upstream(error),
         }
     }

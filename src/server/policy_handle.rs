@@ -10,8 +10,7 @@ use super::local_addr::is_local;
 use super::passwords::PasswordVerifier;
 use super::session_log::{SessionLog, with_addr};
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
-use crate::policy::{Policy, is_unicast};
-use crate::proto::Command;
+use crate::policy::{Policy, is_reachable};
 
 /// One generation of the policy, with the password cache that belongs to its users.
 pub(super) struct PolicySnapshot {
@@ -105,13 +104,6 @@ impl PolicySnapshot {
             Decision::Deny(rule) => return Err(Denial::Rule(rule)),
             Decision::Undecided(_) => return Ok(None),
         };
-        let (Some(ip), Some(port)) = (request.target_ip, request.target_port) else { return Ok(Some(route)) };
-        let is_reachable = match request.command {
-            Some(Command::Connect) => route != Route::Direct || port != 0 && is_unicast(ip),
-            // Multicast and broadcast are possible if a rule names them.
-            Some(Command::UdpAssociate) => port != 0 && (is_unicast(ip) || rule.has_to_condition()),
-            Some(Command::Bind) | None => true,
-        };
-        if is_reachable { Ok(Some(route)) } else { Err(Denial::Unreachable) }
+        if is_reachable(request, rule, route) { Ok(Some(route)) } else { Err(Denial::Unreachable) }
     }
 }

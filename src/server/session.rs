@@ -9,7 +9,7 @@ use super::counters::COUNTERS;
 use super::dispatch::dispatch;
 use super::login_throttle::MAX_DELAY;
 use super::reply::{SessionError, SessionResult};
-use super::session_log::LOGIN_REFUSED;
+use super::session_log::{LOGIN_REFUSED, in_session};
 use super::state::Session;
 use super::tunnel::Tunnel;
 use super::worker;
@@ -27,7 +27,7 @@ pub(super) fn start(mut session: Session, conn: DetachedConn) {
         Ok(conn) => conn,
         Err(error) => return session.log.set_error(error),
     };
-    worker::spawn(async move {
+    worker::spawn(in_session(session.log.id, async move {
         let result = match session.log_in(&mut conn).await {
             Ok(mut login) => {
                 if let Some(protection) = login.protection.take() {
@@ -51,7 +51,7 @@ pub(super) fn start(mut session: Session, conn: DetachedConn) {
                 }
             }
         }
-    });
+    }));
 }
 
 /// A client that has logged in: only with this value, a request can be read.

@@ -5,10 +5,11 @@
 
 use std::cell::{Cell, OnceCell};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::future::poll_fn;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::num::NonZeroU16;
+use std::sync::LazyLock;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use log::Level;
@@ -29,7 +30,7 @@ pub(super) const LOGIN_REFUSED: &str = "login refused";
 #[derive(Debug)]
 pub(super) struct SessionLog {
     /// Number of the session since the start of the server.
-    id: u32,
+    pub(super) id: u32,
     /// Time from the start of the first session to that of this one, in milliseconds.
     started: u64,
     client: Option<AddrPort>,
@@ -44,7 +45,9 @@ pub(super) struct SessionLog {
     bnd: Option<AddrPort>,
     /// Number of targets of an association.
     targets: Cell<u32>,
-    pub(super) via: Option<Arc<Hop>>,
+    /// The names of all hops that were used, separated by commas.
+    #[allow(clippy::box_collection, reason = "one pointer, because most sessions have no hop")]
+    via: Option<Box<String>>,
     pub(super) rep: Option<Rep>,
     /// Generation of the policy that the session was last checked with.
     pub(super) policy_generation: Cell<u32>,
@@ -53,27 +56,64 @@ pub(super) struct SessionLog {
     error: OnceCell<Box<String>>,
 }
 
-/// A [`SocketAddr`] without flow information and scope. In an `Option`, it takes up 18 bytes instead of 32.
+/// A [`SocketAddr`] without flow information. In an `Option`, it takes up 18 bytes instead of 32.
 #[derive(Clone, Copy, Debug)]
 struct AddrPort {
-    /// IPv4 addresses are mapped.
+    /// IPv4 addresses are mapped. A link-local address has its scope in the bits from [`SCOPE_SHIFT`] on, which are zero in
+    /// the address itself (RFC 4291 section 2.5.6).
     ip: Ipv6Addr,
     port: NonZeroU16,
 }
 
+const SCOPE_SHIFT: u32 = 64;
+
 impl AddrPort {
     /// Returns `None` for port 0, which no connection has.
     fn new(addr: SocketAddr) -> Option<Self> {
-        let ip = match addr.ip() {
-            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-            IpAddr::V6(ip) => ip,
+        let ip = match addr {
+            SocketAddr::V4(addr) => addr.ip().to_ipv6_mapped(),
+            SocketAddr::V6(addr) if addr.ip().is_unicast_link_local() => {
+                Ipv6Addr::from_bits(addr.ip().to_bits() | u128::from(addr.scope_id()) << SCOPE_SHIFT)
+            }
+            SocketAddr::V6(addr) => *addr.ip(),
         };
         NonZeroU16::new(addr.port()).map(|port| Self { ip, port })
     }
 
     fn socket_addr(self) -> SocketAddr {
-        SocketAddr::new(self.ip.to_canonical(), self.port.get())
+        if !self.ip.is_unicast_link_local() {
+            return SocketAddr::new(self.ip.to_canonical(), self.port.get());
+        }
+        let scope = (self.ip.to_bits() >> SCOPE_SHIFT) as u32;
+        let ip = Ipv6Addr::from_bits(self.ip.to_bits() & !(u128::from(u32::MAX) << SCOPE_SHIFT));
+        SocketAddrV6::new(ip, self.port.get(), 0, scope).into()
     }
+}
+
+thread_local! {
+    static CURRENT: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// Returns the `id=` of the session whose task runs on this thread, for records of modules that know no sessions.
+pub fn current_session() -> Option<u32> {
+    CURRENT.get()
+}
+
+/// Runs the task of a session up to its tunnel, so that [`current_session`] returns its id.
+pub(super) fn in_session(id: u32, task: impl Future<Output = ()> + 'static) -> impl Future<Output = ()> {
+    struct Leave;
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            CURRENT.set(None);
+        }
+    }
+    // Boxed, because an async fn would store the task twice.
+    let mut task = Box::pin(task);
+    poll_fn(move |cx| {
+        CURRENT.set(Some(id));
+        let _leave = Leave;
+        task.as_mut().poll(cx)
+    })
 }
 
 /// Returns the time since the first call, in milliseconds.
@@ -122,6 +162,20 @@ impl SessionLog {
     /// Sets the address that stands for DST.
     pub(super) fn set_addr(&mut self, addr: SocketAddr) {
         self.addr = AddrPort::new(addr);
+    }
+
+    /// Adds a hop to those that were used.
+    pub(super) fn add_via(&mut self, hop: &Hop) {
+        match &mut self.via {
+            None => self.via = Some(Box::new(hop.name.clone())),
+            Some(names) if names.split(',').any(|name| name == hop.name) => {}
+            Some(names) => **names = format!("{names},{}", hop.name),
+        }
+    }
+
+    /// Returns whether no hop was used.
+    pub(super) fn is_direct(&self) -> bool {
+        self.via.is_none()
     }
 
     /// Returns the identity of a client that has logged in.
@@ -296,7 +350,7 @@ impl fmt::Display for Reached<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(log) = self;
         Field(" addr=", log.addr.map(AddrPort::socket_addr)).fmt(f)?;
-        Field(" via=", log.via.as_ref().map(|hop| format!("{:?}", hop.name))).fmt(f)
+        Field(" via=", log.via.as_ref().map(|names| format!("{names:?}"))).fmt(f)
     }
 }
 

@@ -103,7 +103,7 @@ impl Tunnel {
 }
 
 fn is_still_allowed(permit: &SessionPermit, log: &SessionLog, target: &Conn) -> bool {
-    let peer = || target.peer_addr().filter(|_| log.via.is_none());
+    let peer = || target.peer_addr().filter(|_| log.is_direct());
     match permit.server.policy.recheck(log, &log.policy_generation, peer) {
         Some(reason) => {
             log.set_error(reason);

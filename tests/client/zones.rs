@@ -8,7 +8,7 @@ use std::process::Command;
 
 use crate::bind::bound_address;
 use crate::support::scripted::RunningProgram;
-use crate::support::{Server, TIMEOUT, echo_server_at, in_namespace, read_exact, run, udp_echo_server};
+use crate::support::{Server, TIMEOUT, echo_server_at, in_namespace, read_exact, run, s5, udp_echo_server};
 use crate::{assert_line, outcome, start, success};
 
 /// Sets up an interface for the server, whose other end is in the namespace of process $1.
@@ -98,6 +98,16 @@ fn server_and_clients_listen_on_and_forward_to_link_local_addresses() {
     assert_eq!(outcome(&args, b"hello\n"), success("hello\n"));
     let logged = format!(" to=\"[fe80::2%c0]:{udp}\" addr=[");
     near.wait_log(|log| log.lines().any(|line| line.contains("msg=datagram ") && line.contains(&logged)));
+    // The lines of a server have the zones of both ends, and can be explained.
+    let args = format!("connect -x {proxy} [fe80::2%s0]:{tcp}");
+    assert_eq!(outcome(&args, b"hello"), success("hello"));
+    let fields = [" from=[fe80::2%", " to=\"[fe80::2%s0]:", " addr=[fe80::2%"];
+    let has_zones = |line: &str| fields.iter().all(|field| line.contains(field));
+    let log = server.wait_log(|log| log.lines().any(has_zones));
+    let line = log.lines().find(|line| has_zones(line)).expect("the line is in the log");
+    let rule = ["--allow", "from=fe80::/10 to=fe80::/10"];
+    let explained = run(s5().arg("serve").args(rule).args(["--explain", line]), b"", TIMEOUT);
+    assert!(explained.status.success(), "{line}: {explained:?}");
     assert_eq!(outcome(&format!("connect --direct [fe80::2%c0]:{tcp}"), b"hello"), success("hello"));
     assert_eq!(outcome(&format!("udp --direct -n 1 -w 5 [fe80::2%c0]:{udp}"), b"hello\n"), success("hello\n"));
 }

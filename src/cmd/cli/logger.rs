@@ -1,6 +1,6 @@
 //! The log: each record is one line on stderr.
 //!
-//! Lines about sessions are logfmt. The other lines have the form of simple_logger: time, level, module and text. The
+//! Lines about sessions are logfmt, also those of modules that know no sessions. The other lines have the form of simple_logger: time, level, module and text. The
 //! journal has its own times, so there each line begins with a priority instead.
 
 use log::{LevelFilter, Log, Metadata, Record};
@@ -11,7 +11,7 @@ use time::macros::format_description;
 
 use super::exit::{eprint_line, plain_os_errors};
 use super::journal;
-use crate::server::LOGFMT_TARGET;
+use crate::server::{LOGFMT_TARGET, current_session};
 
 const TIME_FORMAT: &[BorrowedFormatItem<'_>] =
     format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
@@ -43,9 +43,13 @@ impl Log for Logger {
 
 /// Returns the line of a record, without a line end.
 fn line(record: &Record<'_>) -> String {
-    let (level, target, text) = (record.level(), record.target(), plain_os_errors(record.args().to_string()));
+    let (level, target, mut text) = (record.level(), record.target(), plain_os_errors(record.args().to_string()));
     let name = level.as_str().to_ascii_lowercase();
-    match (target == LOGFMT_TARGET, journal::priority(level)) {
+    let session = current_session().filter(|_| target != LOGFMT_TARGET);
+    if let Some(id) = session {
+        text = format!("msg=detail id={id} module={target} text={text:?}");
+    }
+    match (target == LOGFMT_TARGET || session.is_some(), journal::priority(level)) {
         (true, "") => format!("ts={} level={name} {text}", now()),
         (true, priority) => format!("{priority}level={name} {text}"),
         (false, "") => format!("{} {level:<5} [{target}] {}", now(), text.replace('\n', " ")),

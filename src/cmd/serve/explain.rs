@@ -9,8 +9,8 @@ use super::request::ExplainedRequest;
 use crate::client::lookup;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::net::{Resolver, canonical, parse_literal, reactor, timeout_at};
-use crate::policy::Policy;
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
+use crate::policy::{Policy, is_reachable};
 use crate::proto::{Addr, Host};
 use crate::server::{Options, is_local};
 
@@ -120,6 +120,10 @@ impl Explanation<'_> {
 
     fn report(&mut self, subject: &str, request: &AccessRequest<'_>) -> Result<bool, CliError> {
         let (decision, rule, route) = match self.policy.evaluate(request, is_local) {
+            Decision::Allow(rule, route) if !is_reachable(request, rule, route) => {
+                let _ = writeln!(self.text, "deny {subject}: not a unicast address, or port 0");
+                return Ok(false);
+            }
             Decision::Allow(rule, route) => ("allow", rule, route),
             Decision::Deny(rule) => ("deny", rule, Route::Direct),
             Decision::Undecided(_) => {

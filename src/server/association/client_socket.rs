@@ -12,7 +12,7 @@ use super::super::local_addr::bind_in_range;
 use super::super::shared_ports::Membership;
 use super::super::state::Session;
 use crate::conn::{Conn, Protection};
-use crate::net::{BatchSocket, GsoBatch, parse_literal, with_scope};
+use crate::net::{BatchSocket, GsoBatch, parse_literal};
 use crate::proto::{Addr, Host, MAX_UDP4_PAYLOAD, PortRange};
 use crate::reassembly::fragment;
 
@@ -37,7 +37,7 @@ pub(super) struct ClientSocket {
 
 impl ClientSocket {
     pub(super) async fn bind(session: &Session, control: &Conn, dst: &Addr) -> io::Result<Self> {
-        let addr = expected_sender(session, control, dst);
+        let addr = expected_sender(session, dst);
         let mut local = control.local_addr().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         local.set_port(0);
         let (server, protection) = (session.server(), control.protection().cloned());
@@ -160,7 +160,7 @@ impl ClientSocket {
 ///
 /// A client on a Unix socket can send only from 127.0.0.1, because the relay is there. So this is its address, and a port
 /// that it announces keeps other users of this host away (RFC 1928 section 7).
-fn expected_sender(session: &Session, control: &Conn, dst: &Addr) -> SocketAddr {
+fn expected_sender(session: &Session, dst: &Addr) -> SocketAddr {
     let mut addr = session.log.client().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
     let dst_ip = match &dst.host {
         Host::Ip(ip) => Some(*ip),
@@ -168,5 +168,5 @@ fn expected_sender(session: &Session, control: &Conn, dst: &Addr) -> SocketAddr 
     };
     let is_client = dst_ip.is_some_and(|ip| ip.to_canonical() == addr.ip().to_canonical());
     addr.set_port(if is_client { dst.port } else { 0 });
-    control.peer_addr().map_or(addr, |peer| with_scope(addr, peer))
+    addr
 }

@@ -33,8 +33,9 @@ impl Egress {
     }
 
     /// Returns the association with a hop, which may not be open yet.
-    pub(super) fn upstream(&mut self, index: usize, hop: &Arc<Hop>) -> Option<&mut Upstream> {
+    pub(super) fn upstream(&mut self, log: &mut SessionLog, index: usize, hop: &Arc<Hop>) -> Option<&mut Upstream> {
         if !self.upstreams.iter().any(|upstream| upstream.index == index) {
+            log.add_via(hop);
             self.upstreams.push(Upstream::new(index, hop.clone()));
         }
         self.upstreams.iter_mut().find(|upstream| upstream.index == index)

@@ -157,7 +157,7 @@ impl Upstream {
 pub(super) async fn open_only_route(session: &mut Session, control: &Conn) -> SessionResult<Vec<Upstream>> {
     let Some(Route::Hop(index)) = only_route(session) else { return Ok(Vec::new()) };
     let hop = session.server().hop(index)?;
-    session.log.via = Some(hop.clone());
+    session.log.add_via(&hop);
     let opening = Upstream::open(session.server(), &hop);
     let opening = async { opening.await.map_err(SessionError::from_upstream) };
     let association = session.cancellable(control, opening).await?;

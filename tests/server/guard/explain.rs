@@ -104,6 +104,20 @@ fn explain_of_a_bind_decides_about_address_and_port_of_the_peer_of_the_log_line(
 }
 
 #[test]
+fn explain_denies_what_no_rule_can_allow() {
+    let server = Server::start(&["--deny", "to=192.0.2.1"]);
+    for target in ["224.0.0.251:5353", "255.255.255.255:80", "[ff02::1]:80"] {
+        let output = explain(&[], &format!("to={target}"));
+        let shown = text(&output.stdout);
+        assert!(shown.ends_with(": not a unicast address, or port 0\ndeny\n"), "{target}: {shown}");
+        assert_eq!((output.status.code(), open(&server, CONNECT, addr(target)).1), (Some(1), 3), "{target}");
+    }
+    // A rule can name a target of datagrams, and a hop can reach any address.
+    assert_eq!(explain(&["--allow", "to=224.0.0.0/4"], "command=udp to=224.0.0.251:5353").status.code(), Some(0));
+    assert_eq!(explain(&["--via", "127.0.0.1:9"], "to=224.0.0.251:5353").status.code(), Some(0));
+}
+
+#[test]
 fn explain_of_the_log_line_of_a_denial_names_the_rule_of_the_line() {
     let args = ["--allow", "port=80", "--deny", "port=25"];
     let server = Server::start(&args);

@@ -57,6 +57,28 @@ fn log_names_the_targets_behind_a_hop_with_the_hop() {
 }
 
 #[test]
+fn log_names_all_hops_of_an_association_in_lines_that_share_an_id() {
+    let hops = [Server::start(&[]), Server::start(&[])];
+    let addrs = [("near", hops[0].addr()), ("far", hops[1].addr()), ("gone", closed_port())];
+    let [near, far, gone] = addrs.map(|(name, addr)| format!("--hop={name}={addr}"));
+    let rules = ["127.0.0.1 via=near", "127.0.0.2 via=far", "127.0.0.3 via=gone"].map(|to| format!("--allow=to={to}"));
+    let server = Server::start(&["-vv", &near, &far, &gone, &rules[0], &rules[1], &rules[2]]);
+    let association = Association::new(&server);
+    for host in ["127.0.0.1", "127.0.0.2"] {
+        association.ping(udp_echo_server(host.parse().expect("valid address")), b"hello");
+    }
+    association.send("127.0.0.3:9".parse().expect("valid address"), b"dropped");
+    server.wait_log(|log| !steps(log, "hop").is_empty());
+    let log = end(&server, association);
+    assert!(session_lines(&log)[0].contains(" via=\"near,far,gone\" "), "{log}");
+    assert!(steps(&log, "hop")[0].contains(" via=\"near,far,gone\" hop=\"gone\" "), "{log}");
+    let lines: Vec<&str> = log.lines().filter(|line| !line.contains(" listening on ")).collect();
+    let is_of_session = |line: &str| line.starts_with("ts=") && line.contains(" msg=") && line.contains(" id=1 ");
+    assert!(lines.iter().all(|line| is_of_session(line)), "{log}");
+    assert!(log.contains(" id=1 module=s5::client text=\"proxy "), "{log}");
+}
+
+#[test]
 fn verbose_log_has_the_reason_of_dropped_datagrams() {
     if !in_namespace("udp::log::verbose_log_has_the_reason_of_dropped_datagrams", HOSTS, "") {
         return;

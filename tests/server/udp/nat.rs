@@ -84,7 +84,8 @@ fn udp_client_behind_a_nat_gets_answers_after_its_mapping_is_gone() {
     sleep(SILENCE);
     for (server, association) in sessions {
         echo(&association, b"after the silence");
-        server.wait_log(|log| log.contains("udp: client 10.9.0.2: port ") && log.contains(" replaces "));
+        let text = " msg=detail id=1 module=s5::server::association::client_socket text=\"udp: client 10.9.0.2: port ";
+        server.wait_log(|log| log.lines().any(|line| line.contains(text) && line.contains(" replaces ")));
         echo(&association, b"last");
         association.control.set_nonblocking(true).expect("option set");
         let end = retry(|| association.control.peek(&mut [0]));
