@@ -20,6 +20,8 @@ mod reply;
 mod session;
 mod session_log;
 mod shared_ports;
+#[allow(dead_code, reason = "not used yet")]
+mod shares;
 mod state;
 mod terminal;
 mod tunnel;

@@ -1,0 +1,343 @@
+//! Shares of limited resources: how much of each the server uses at once, and how much of that one client may use.
+//!
+//! A client at its limit waits or is refused, and the others go on. Clients that wait take turns, so that many requests of
+//! one client do not delay a request of another one.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::hash::Hash;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use smol::channel::{self, Sender};
+
+/// The key that clients are counted by: an IPv4 address, or an IPv6 /64, which usually belongs to one customer. All clients
+/// on Unix sockets have the same key.
+// The bits of an IPv4 address, or those of the /64 inverted: no client has an address in ffff:ffff::/32.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct ClientKey(NonZeroU64);
+
+impl ClientKey {
+    /// `client` is `None` on a Unix socket.
+    pub(super) fn new(client: Option<IpAddr>) -> Self {
+        let bits = match client.map(|ip| ip.to_canonical()) {
+            None => 0,
+            Some(IpAddr::V4(ip)) => ip.to_bits().into(),
+            Some(IpAddr::V6(ip)) => !((ip.to_bits() >> 64) as u64),
+        };
+        // 0.0.0.0 is no address of a client either.
+        Self(NonZeroU64::new(bits).unwrap_or(Self::UNIX))
+    }
+
+    const UNIX: NonZeroU64 = NonZeroU64::MIN;
+}
+
+/// The address or prefix, as `192.0.2.7` or `2001:db8::/64`.
+impl fmt::Display for ClientKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match u32::try_from(self.0.get()) {
+            Ok(1) => f.write_str("unix"),
+            Ok(bits) => Ipv4Addr::from_bits(bits).fmt(f),
+            Err(_) => write!(f, "{}/64", Ipv6Addr::from_bits(u128::from(!self.0.get()) << 64)),
+        }
+    }
+}
+
+impl fmt::Debug for ClientKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A limited resource, which clients (or users) share. Clones are the same resource.
+pub(super) struct Shares<K: Eq + Hash + Clone = ClientKey>(Arc<Mutex<Usage<K>>>);
+
+struct Usage<K: Eq + Hash + Clone> {
+    /// Maximum number of uses at once.
+    limit: usize,
+    /// Maximum number of uses of one client at once.
+    per_client: usize,
+    in_use: usize,
+    /// The clients that use the resource or wait for it. `None`: those that are not known yet.
+    clients: HashMap<Option<K>, ClientUsage<K>>,
+    /// The clients that wait, in the order of their turns.
+    turns: BTreeMap<u64, Option<K>>,
+    last_number: u64,
+}
+
+struct ClientUsage<K: Eq + Hash + Clone> {
+    in_use: usize,
+    /// Key in `Usage::turns`.
+    turn: u64,
+    /// Requests that wait, oldest first.
+    waiting: BTreeMap<u64, Sender<ShareGuard<K>>>,
+}
+
+/// One use of a resource, until it is dropped.
+pub(super) struct ShareGuard<K: Eq + Hash + Clone = ClientKey> {
+    shares: Shares<K>,
+    /// `None`: not known yet.
+    client: Option<K>,
+}
+
+impl<K: Eq + Hash + Clone> Clone for Shares<K> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<K: Eq + Hash + Clone> Shares<K> {
+    /// Limits the uses at once, of all clients and of each one. Both limits are at least 1.
+    pub(super) fn new(limit: usize, per_client: usize) -> Self {
+        let (clients, turns) = (HashMap::new(), BTreeMap::new());
+        Self(Arc::new(Mutex::new(Usage { limit, per_client, in_use: 0, clients, turns, last_number: 0 })))
+    }
+
+    /// Returns `None` if the client or the resource is at its limit.
+    pub(super) fn try_acquire(&self, client: K) -> Option<ShareGuard<K>> {
+        self.try_use(Some(client))
+    }
+
+    /// Waits until neither the client nor the resource is at its limit, and it is the client's turn. The caller sets the
+    /// deadline. Dropping the future gives up the place in the queue.
+    pub(super) fn acquire(&self, client: K) -> impl Future<Output = ShareGuard<K>> {
+        self.wait_to_use(Some(client))
+    }
+
+    /// As [`Self::try_acquire`], for a client that is not known yet.
+    pub(super) fn try_reserve(&self) -> Option<ShareGuard<K>> {
+        self.try_use(None)
+    }
+
+    /// As [`Self::acquire`], for a client that is not known yet.
+    pub(super) fn reserve(&self) -> impl Future<Output = ShareGuard<K>> {
+        self.wait_to_use(None)
+    }
+
+    fn usage(&self) -> MutexGuard<'_, Usage<K>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn try_use(&self, client: Option<K>) -> Option<ShareGuard<K>> {
+        self.usage().try_use(&client).then(|| ShareGuard { shares: self.clone(), client })
+    }
+
+    async fn wait_to_use(&self, client: Option<K>) -> ShareGuard<K> {
+        loop {
+            let (sender, receiver) = channel::bounded(1);
+            let mut usage = self.usage();
+            // If this succeeds, no other request waits that could be granted.
+            if usage.try_use(&client) {
+                drop(usage);
+                return ShareGuard { shares: self.clone(), client };
+            }
+            let number = usage.enqueue(&client, sender);
+            drop(usage);
+            let _place = PlaceInQueue { shares: self, client: &client, number };
+            if let Ok(guard) = receiver.recv().await {
+                return guard;
+            }
+        }
+    }
+}
+
+impl<K: Eq + Hash + Clone> Usage<K> {
+    fn has_room(&self, client: &Option<K>) -> bool {
+        let in_use = self.clients.get(client).map_or(0, |client| client.in_use);
+        self.in_use < self.limit && (client.is_none() || in_use < self.per_client)
+    }
+
+    fn entry(&mut self, client: &Option<K>) -> &mut ClientUsage<K> {
+        let unused = || ClientUsage { in_use: 0, turn: 0, waiting: BTreeMap::new() };
+        self.clients.entry(client.clone()).or_insert_with(unused)
+    }
+
+    fn try_use(&mut self, client: &Option<K>) -> bool {
+        let has_room = self.has_room(client);
+        if has_room {
+            self.in_use += 1;
+            self.entry(client).in_use += 1;
+        }
+        has_room
+    }
+
+    /// Counts a use of `from` as one of `to`. Returns false if `to` is at its limit.
+    fn assign(&mut self, from: &Option<K>, to: &Option<K>) -> bool {
+        let has_room = self.entry(to).in_use < self.per_client;
+        if has_room {
+            self.entry(to).in_use += 1;
+            self.entry(from).in_use -= 1;
+        }
+        self.update(from);
+        self.update(to);
+        has_room
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.last_number += 1;
+        self.last_number
+    }
+
+    /// Adds a request to the queue of its client. Returns its number.
+    fn enqueue(&mut self, client: &Option<K>, sender: Sender<ShareGuard<K>>) -> u64 {
+        let number = self.next_number();
+        let entry = self.entry(client);
+        let is_first = entry.waiting.is_empty();
+        entry.waiting.insert(number, sender);
+        if is_first {
+            entry.turn = number;
+            self.turns.insert(number, client.clone());
+        }
+        number
+    }
+
+    /// Ends a use. Returns the request that can be granted now, and its client.
+    fn release(&mut self, client: &Option<K>) -> Option<(Sender<ShareGuard<K>>, Option<K>)> {
+        self.in_use -= 1;
+        self.entry(client).in_use -= 1;
+        self.update(client);
+        // At most `limit / per_client` clients are at their limits and skipped.
+        let next = self.turns.values().find(|client| self.has_room(client))?.clone();
+        self.try_use(&next);
+        let number = self.next_number();
+        let entry = self.entry(&next);
+        let (_, sender) = entry.waiting.pop_first()?;
+        // The next turn of the client is after those of all others.
+        let turn = std::mem::replace(&mut entry.turn, number);
+        self.turns.remove(&turn);
+        self.turns.insert(number, next.clone());
+        self.update(&next);
+        Some((sender, next))
+    }
+
+    /// Removes a client that does not wait from the turns, and one without uses altogether.
+    fn update(&mut self, client: &Option<K>) {
+        let Some(entry) = self.clients.get(client).filter(|entry| entry.waiting.is_empty()) else { return };
+        self.turns.remove(&entry.turn);
+        if entry.in_use == 0 {
+            self.clients.remove(client);
+        }
+    }
+}
+
+impl<K: Eq + Hash + Clone> ShareGuard<K> {
+    /// Makes a reservation a use of `client`. Returns `None` if the client is at its limit.
+    pub(super) fn assign(mut self, client: K) -> Option<Self> {
+        let client = Some(client);
+        let is_assigned = self.shares.usage().assign(&self.client, &client);
+        is_assigned.then(|| {
+            self.client = client;
+            self
+        })
+    }
+}
+
+/// The place of a request in the queue of its client.
+struct PlaceInQueue<'a, K: Eq + Hash + Clone> {
+    shares: &'a Shares<K>,
+    client: &'a Option<K>,
+    number: u64,
+}
+
+impl<K: Eq + Hash + Clone> Drop for PlaceInQueue<'_, K> {
+    fn drop(&mut self) {
+        let mut usage = self.shares.usage();
+        if let Some(entry) = usage.clients.get_mut(self.client) {
+            entry.waiting.remove(&self.number);
+        }
+        usage.update(self.client);
+    }
+}
+
+impl<K: Eq + Hash + Clone> Drop for ShareGuard<K> {
+    fn drop(&mut self) {
+        let next = self.shares.usage().release(&self.client);
+        if let Some((sender, client)) = next {
+            let _ = sender.try_send(Self { shares: self.shares.clone(), client });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures_lite::future::{block_on, poll_once};
+
+    use super::*;
+
+    const A: &str = "a";
+    const B: &str = "b";
+
+    #[test]
+    fn shares_are_limited_in_all_and_per_client_and_a_client_without_uses_has_no_entry() {
+        let shares = Shares::new(3, 2);
+        let mut guards = [A, A, B].map(|client| shares.try_acquire(client));
+        assert!(guards.iter().all(Option::is_some));
+        assert!(shares.try_acquire(B).is_none(), "more than the limit");
+        guards[0] = None;
+        guards[2] = None;
+        assert!(shares.try_reserve().expect("there is room").assign(A).is_some());
+        guards[2] = shares.try_acquire(A);
+        assert!(shares.try_acquire(A).is_none(), "more than the share");
+        assert!(shares.try_reserve().expect("there is room").assign(A).is_none());
+        drop(guards);
+        let usage = shares.usage();
+        assert!(usage.in_use == 0 && usage.clients.is_empty() && usage.turns.is_empty());
+    }
+
+    #[test]
+    fn clients_that_wait_for_shares_take_turns() {
+        let shares = Shares::new(2, 1);
+        let held = [A, "c"].map(|client| shares.try_acquire(client));
+        let mut requests: Vec<_> =
+            [A, A, A, B, B].into_iter().map(|client| Some(Box::pin(shares.acquire(client)))).collect();
+        let mut poll = |i: usize| {
+            let request = requests.get_mut(i)?.as_mut()?;
+            block_on(poll_once(request))
+        };
+        assert!((0..5).all(|i| poll(i).is_none()));
+        let [a, c] = held;
+        drop(c);
+        assert!(poll(0).is_none(), "a is at its limit");
+        let b = poll(3).expect("b was next, since a is at its limit");
+        drop(a);
+        let a = poll(0).expect("a has room again");
+        drop(b);
+        assert!(poll(4).is_some());
+        drop(a);
+        assert!(poll(1).is_some());
+        drop(requests);
+        assert!(shares.usage().clients.is_empty() && shares.usage().turns.is_empty());
+    }
+
+    #[test]
+    fn dropped_requests_are_skipped_also_after_they_were_granted() {
+        let shares = Shares::new(1, 1);
+        let held = shares.try_acquire(A);
+        let mut granted = Box::pin(shares.acquire(A));
+        let mut left = Box::pin(shares.acquire(B));
+        let mut last = pin!(shares.acquire("c"));
+        for request in [&mut granted, &mut left] {
+            assert!(block_on(poll_once(request)).is_none());
+        }
+        assert!(block_on(poll_once(&mut last)).is_none());
+        drop(held);
+        drop((left, granted));
+        assert!(block_on(poll_once(&mut last)).is_some());
+    }
+
+    #[test]
+    fn client_key_is_the_ipv4_address_the_ipv6_prefix_or_unix() {
+        let key = |ip: &str| ClientKey::new(Some(ip.parse().expect("an address"))).to_string();
+        let table = [
+            ("192.0.2.7", "192.0.2.7"),
+            ("::ffff:192.0.2.7", "192.0.2.7"),
+            ("2001:db8:0:1::7", "2001:db8:0:1::/64"),
+            ("::1", "::/64"),
+        ];
+        table.into_iter().for_each(|(ip, expected)| assert_eq!(key(ip), expected));
+        assert_eq!(ClientKey::new(None).to_string(), "unix");
+    }
+}
