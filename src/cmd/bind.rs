@@ -1,8 +1,7 @@
 //! `s5 bind`: requests a listener on the proxy, prints its address, and relays the accepted peer to stdin and stdout.
 
-use std::fs::{self, Permissions};
+use std::fs;
 use std::io::{self, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,6 +9,7 @@ use filedescriptor::FileDescriptor;
 use rustix::io::Errno;
 
 use super::cli::exit::{CliError, ExitStatus};
+use super::cli::output_file;
 use super::netcat::connector::Connector;
 use super::netcat::descriptor;
 use super::netcat::json_output::JsonOutput;
@@ -38,9 +38,11 @@ impl AddrOutput {
         if let Some(number) = descriptor::fd_number(text) {
             return descriptor::take_fd(number).map(Self::Descriptor);
         }
-        // A symbolic link is followed, not replaced.
-        let path = Path::new(text).canonicalize().unwrap_or(text.into());
-        if path.is_file() {
+        if text == "-" {
+            return Err(io::Error::other("stdout is for data (use fd:3, with 3>&1 in a shell)"));
+        }
+        let path = output_file::resolve_links(Path::new(text))?;
+        if is_regular(&path) == Some(true) {
             fs::remove_file(&path)?;
         }
         Ok(Self::File(path))
@@ -51,21 +53,17 @@ impl AddrOutput {
         match self {
             Self::Descriptor(file) => file.write_all(line.as_bytes()),
             // A named pipe or a device.
-            Self::File(path) if path.metadata().is_ok_and(|metadata| !metadata.is_file()) => {
-                descriptor::open_fifo(path, true)?.write_all(line.as_bytes())
+            Self::File(path) if is_regular(path) == Some(false) => {
+                output_file::open(path, false)?.write_all(line.as_bytes())
             }
-            Self::File(path) => {
-                let directory =
-                    path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                // The mode of any new file; the umask restricts it.
-                let mode = Permissions::from_mode(0o666);
-                let mut file = tempfile::Builder::new().permissions(mode).tempfile_in(directory)?;
-                file.write_all(line.as_bytes())?;
-                file.persist(path)?;
-                Ok(())
-            }
+            Self::File(path) => output_file::replace(path, 0o666, |file| file.write_all(line.as_bytes())),
         }
     }
+}
+
+/// Returns whether a path leads to a regular file; `None` if there is no file.
+fn is_regular(path: &Path) -> Option<bool> {
+    path.symlink_metadata().ok().map(|metadata| metadata.is_file())
 }
 
 /// Runs the mode until it ends.

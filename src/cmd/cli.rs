@@ -7,6 +7,7 @@ pub(super) mod help;
 mod journal;
 pub(super) mod logger;
 pub(super) mod manual;
+pub(super) mod output_file;
 pub(super) mod secrets;
 pub(super) mod syntax;
 pub(super) mod text_file;

@@ -9,6 +9,7 @@ mod compare;
 mod credentials;
 mod failures;
 mod netcat;
+mod output_files;
 mod prompts;
 mod proxies;
 mod streams;

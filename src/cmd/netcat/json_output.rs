@@ -1,16 +1,14 @@
 //! The destination of the objects of `--json`: stderr, a file, or an inherited descriptor.
 
 use std::cell::RefCell;
-use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::rc::Rc;
-
-use rustix::fs::OFlags;
 
 use super::descriptor;
 use super::report::SessionReport;
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
+use crate::cmd::cli::output_file;
 use crate::cmd::cli::syntax::OPTIONAL_VALUE;
 
 /// Where to write one object per line.
@@ -30,17 +28,17 @@ impl JsonOutput {
     /// The file cannot be written, or the descriptor is not open.
     pub(crate) fn open(value: Option<&str>) -> Result<Self, CliError> {
         let Some(text) = value else { return Ok(Self::Disabled) };
-        if text == OPTIONAL_VALUE.1 {
-            return Ok(Self::Stderr);
+        match text {
+            text if text == OPTIONAL_VALUE.1 => return Ok(Self::Stderr),
+            "-" => return Err(CliError::usage("--json=-: stdout is for data (use --json for stderr, or a file)")),
+            _ => {}
         }
         let file_error = |status| move |error: io::Error| CliError::new(status, format!("--json={text}: {error}"));
         Ok(Self::File(match descriptor::fd_number(text) {
             Some(number) => Rc::new(RefCell::new(descriptor::take_fd(number).map_err(file_error(ExitStatus::USAGE))?)),
-            // O_NONBLOCK: s5 does not wait for the reader of a named pipe.
             None => {
-                let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
-                let file = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(text);
-                Rc::new(RefCell::new(file.map_err(file_error(ExitStatus::WRITE_STDOUT))?))
+                let file = output_file::open(Path::new(text), true).map_err(file_error(ExitStatus::WRITE_STDOUT))?;
+                Rc::new(RefCell::new(file))
             }
         }))
     }

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::load::{MAX_USERS_FILE, file_error, read_file};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::output_file;
 use crate::policy::users::{self, Users};
 
 /// Adds a user or changes the password. Returns a report for the user.
@@ -42,37 +43,27 @@ pub(super) fn remove_user(file: &Path, name: &str) -> Result<String, CliError> {
     Ok(change_report(file, "removed user", name))
 }
 
-/// Replaces a file atomically: renames a new file over it. The new file has owner, group and mode of the old one. If
-/// there is no old one, only the owner can read it.
+/// Replaces a file atomically. The new file has owner, group and mode of the old one. If there is no old one, only the
+/// owner can read it.
 fn replace_file(file: &Path, text: &str) -> Result<(), CliError> {
     // Replaces the target of a symbolic link, not the link.
-    let target = fs::canonicalize(file).unwrap_or_else(|_| file.into());
-    let directory = target.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let new = tempfile::NamedTempFile::new_in(directory).map_err(|error| {
-        // The error itself would name the temporary file, which the user does not know.
-        let (is_missing, directory) = (!directory.exists(), directory.display());
-        let problem = match is_missing {
-            true => format!("directory {directory} does not exist (create it: mkdir -p {directory})"),
-            false => format!("create a file in {directory}: {}", error.kind()),
-        };
-        file_error(file, problem)
-    })?;
-    let write = || {
-        new.as_file().write_all(text.as_bytes())?;
+    let target = output_file::resolve_links(file).map_err(|error| file_error(file, error))?;
+    let write = |new: &mut fs::File| {
+        new.write_all(text.as_bytes())?;
         if let Ok(old) = fs::metadata(&target) {
-            let own = new.as_file().metadata()?;
+            let own = new.metadata()?;
             if (own.uid(), own.gid()) != (old.uid(), old.gid()) {
-                fchown(new.as_file(), Some(old.uid()), Some(old.gid())).map_err(|error| {
+                fchown(&*new, Some(old.uid()), Some(old.gid())).map_err(|error| {
                     let (uid, gid) = (old.uid(), old.gid());
                     io::Error::other(format!("keep owner {uid} and group {gid}: {} (run s5 as root)", error.kind()))
                 })?;
             }
             // After fchown(2), which clears the bits of set-user-ID and set-group-ID.
-            new.as_file().set_permissions(old.permissions())?;
+            new.set_permissions(old.permissions())?;
         }
-        new.as_file().sync_all()
+        new.sync_all()
     };
-    write().and_then(|()| Ok(new.persist(&target).map(drop)?)).map_err(|error| file_error(file, error))
+    output_file::replace(&target, 0o600, write).map_err(|error| file_error(file, error))
 }
 
 /// Reads a password: twice and without echo from the terminal, or the first line of stdin if that is not a terminal.
