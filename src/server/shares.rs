@@ -126,14 +126,8 @@ impl<K: Eq + Hash + Clone> Shares<K> {
     async fn wait_to_use(&self, client: Option<K>) -> ShareGuard<K> {
         loop {
             let (sender, receiver) = channel::bounded(1);
-            let mut usage = self.usage();
-            // If this succeeds, no other request waits that could be granted.
-            if usage.try_use(&client) {
-                drop(usage);
-                return ShareGuard { shares: self.clone(), client };
-            }
-            let number = usage.enqueue(&client, sender);
-            drop(usage);
+            let number = self.usage().use_or_enqueue(&client, sender);
+            let Some(number) = number else { return ShareGuard { shares: self.clone(), client } };
             let _place = PlaceInQueue { shares: self, client: &client, number };
             if let Ok(guard) = receiver.recv().await {
                 return guard;
@@ -179,8 +173,12 @@ impl<K: Eq + Hash + Clone> Usage<K> {
         self.last_number
     }
 
-    /// Adds a request to the queue of its client. Returns its number.
-    fn enqueue(&mut self, client: &Option<K>, sender: Sender<ShareGuard<K>>) -> u64 {
+    /// Returns the number of the request in the queue of its client, or `None` if it need not wait: when there is room for
+    /// it, no other request waits that could be granted.
+    fn use_or_enqueue(&mut self, client: &Option<K>, sender: Sender<ShareGuard<K>>) -> Option<u64> {
+        if self.try_use(client) {
+            return None;
+        }
         let number = self.next_number();
         let entry = self.entry(client);
         let is_first = entry.waiting.is_empty();
@@ -189,7 +187,7 @@ impl<K: Eq + Hash + Clone> Usage<K> {
             entry.turn = number;
             self.turns.insert(number, client.clone());
         }
-        number
+        Some(number)
     }
 
     /// Ends a use. Returns the request that can be granted now, and its client.
