@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use smol::lock::Semaphore;
 
 use crate::conn::{Conn, Protection, ReadError, SecurityContext as _, TokenOrder};
-use crate::net::{parse_literal, timeout_at};
+use crate::net::{parse_literal, timeout_at, unblock};
 use crate::proto::{Frame, ProtectionLevel};
 use ffi::{
     AcceptedContext, Credential, GSS_C_ANON_FLAG, GSS_C_CONF_FLAG, GSS_C_INTEG_FLAG, GSS_C_MUTUAL_FLAG,
@@ -112,11 +112,12 @@ impl Acceptor {
             other => return Err(failed(format!("expected an authentication token, received {other:?}"))),
         };
         let (credential, permit) = (self.credential.clone(), self.cpu_permits.acquire_arc().await);
-        let accepted = smol::unblock(move || {
+        let accepted = unblock(move || {
             let _permit = permit;
             credential.accept(&token)
         });
-        let AcceptedContext { context, initiator: user, answer } = accepted.await?;
+        let accepted = accepted.await.ok_or_else(|| failed("no thread can be started"))?;
+        let AcceptedContext { context, initiator: user, answer } = accepted?;
         // Sent even if it is empty (RFC 1961 section 3.6).
         send_frame(conn, Frame::Authentication(answer)).await?;
         if context.has(GSS_C_ANON_FLAG) {
@@ -298,7 +299,7 @@ impl Initiator {
 
 /// Runs a blocking call on another thread. Returns `None` if it takes longer than [`KDC_TIMEOUT`]; it then continues.
 async fn unblock_within_kdc_timeout<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    timeout_at(Instant::now() + KDC_TIMEOUT, smol::unblock(work)).await
+    timeout_at(Instant::now() + KDC_TIMEOUT, unblock(work)).await.flatten()
 }
 
 fn unexpected_frame(frame: &Frame) -> GssapiError {

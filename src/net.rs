@@ -9,6 +9,7 @@ mod relay;
 mod resolve;
 mod socket;
 mod stream;
+mod threads;
 mod timer;
 
 pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
@@ -26,4 +27,5 @@ pub use relay::{
 pub use resolve::{Resolver, canonical, parse_literal, service_port};
 pub use socket::{ACCEPT_RETRY_DELAY, Io, accept};
 pub use stream::{SocketOp, SocketPoll, Stream};
+pub use threads::{ThreadPool, unblock};
 pub use timer::{IdleTimer, sleep, sleep_until, timeout_at};

@@ -8,7 +8,6 @@ mod bind;
 mod connect;
 mod counters;
 mod dispatch;
-mod hash_threads;
 mod limiter;
 mod listen;
 mod local_addr;

@@ -1,4 +1,4 @@
-//! Name resolution on a thread pool, and IP addresses in any notation.
+//! Name resolution on other threads, and IP addresses in any notation.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -8,8 +8,9 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use smol::lock::Semaphore;
 
 use super::dial::{DialError, with_scope};
+use super::threads::unblock;
 
-/// Maximum concurrent calls of getaddrinfo(3). Each occupies one of the 500 threads of the pool.
+/// Maximum concurrent calls of getaddrinfo(3). Each occupies a thread.
 const MAX_LOOKUPS: usize = 256;
 const MAX_ADDRS_PER_NAME: usize = 32;
 
@@ -42,7 +43,7 @@ impl Resolver {
         }
         let name = name.to_owned();
         let permit = self.permits.acquire_arc().await;
-        smol::unblock(move || {
+        let found = unblock(move || {
             let _permit = permit;
             let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
             let found =
@@ -58,8 +59,8 @@ impl Resolver {
                 }
             }
             if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(addrs) }
-        })
-        .await
+        });
+        found.await.unwrap_or(Err(DialError::LocalResources))
     }
 }
 

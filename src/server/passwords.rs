@@ -1,25 +1,33 @@
 //! Verifies passwords (RFC 1929). Hashing runs on threads of its own. Valid passwords are cached.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use blake2::Blake2bMac512;
 use blake2::digest::{KeyInit as _, Mac as _};
 use smol::lock::Mutex as AsyncMutex;
 
-use super::hash_threads::HashThreads;
-use crate::policy::users::Users;
+use crate::net::ThreadPool;
+use crate::policy::users::{HashMemory, Users};
 use crate::proto::Credentials;
 
 /// Time that a verified password is accepted without another hash.
 const CACHE_TIME: Duration = Duration::from_secs(600);
 /// Number of queues. Logins with the same credentials wait in the same queue, so that only the first one is hashed.
 const QUEUES: usize = 64;
+/// Maximum number of threads, also with more cores: with the hashes of `--add-user`, they take 152 MiB.
+const MAX_THREADS: usize = 8;
+
+/// At most one thread per core. Each has the memory of one hash, which is freed when the thread ends.
+static THREADS: LazyLock<ThreadPool<HashMemory>> = LazyLock::new(|| {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    ThreadPool::new("s5-hash", cores.min(MAX_THREADS))
+});
 
 /// Verifies passwords. The cache has at most one entry per user, and none for unknown names or wrong passwords.
 pub(super) struct PasswordVerifier {
-    hash_threads: Arc<HashThreads>,
     queues: [AsyncMutex<()>; QUEUES],
     /// Random key of the cached digests, which are useless outside of this process. `None`: nothing is cached.
     mac_key: Option<[u8; 32]>,
@@ -30,26 +38,16 @@ type Digest = [u8; 64];
 
 impl Default for PasswordVerifier {
     fn default() -> Self {
-        Self::new(Arc::default())
-    }
-}
-
-impl PasswordVerifier {
-    fn new(hash_threads: Arc<HashThreads>) -> Self {
         let mut key = [0; 32];
         Self {
-            hash_threads,
             queues: [const { AsyncMutex::new(()) }; QUEUES],
             mac_key: getrandom::fill(&mut key).is_ok().then_some(key),
             cache: Mutex::default(),
         }
     }
+}
 
-    /// Returns a verifier with an empty cache and the same threads.
-    pub(super) fn with_empty_cache(&self) -> Self {
-        Self::new(self.hash_threads.clone())
-    }
-
+impl PasswordVerifier {
     /// Returns whether `users` has these credentials. Concurrent logins with the same ones cost one hash.
     pub(super) async fn verify(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
         let Some(mac) = self.mac(&credentials) else {
@@ -78,7 +76,7 @@ impl PasswordVerifier {
     async fn verify_uncached(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
         let users = users.clone();
         let verify = move |memory: &mut _| users.verify(&credentials.uname, &credentials.passwd, memory);
-        self.hash_threads.run(verify).await.unwrap_or(false)
+        THREADS.run(verify).await.unwrap_or(false)
     }
 
     fn is_cached(&self, uname: &[u8], mac: Blake2bMac512) -> bool {

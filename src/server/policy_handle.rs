@@ -64,7 +64,7 @@ impl PolicyHandle {
     pub(super) fn replace(&self, policy: Policy) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         let generation = current.generation.wrapping_add(1);
-        *current = Arc::new(PolicySnapshot { policy, passwords: current.passwords.with_empty_cache(), generation });
+        *current = Arc::new(PolicySnapshot { policy, passwords: PasswordVerifier::default(), generation });
         self.closed_sessions.store(0, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Release);
     }

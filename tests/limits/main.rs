@@ -3,6 +3,7 @@
 mod fail2ban;
 mod log_escaping;
 mod login_memory;
+mod lookups;
 mod password_guessing;
 mod rate_limit;
 mod session_limits;

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use super::options::ClientArgs;
 use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::net::unblock;
 
 /// A program and its arguments.
 #[derive(Debug)]
@@ -49,6 +50,7 @@ impl Program {
 
 /// Waits for a process on another thread. Returns its exit status.
 pub(super) async fn wait(mut child: Child) -> io::Result<ExitStatus> {
-    let status = smol::unblock(move || child.wait()).await?;
+    let status = unblock(move || child.wait()).await;
+    let status = status.unwrap_or_else(|| Err(io::Error::other("no thread can be started")))?;
     Ok(ExitStatus::from_child(status.code(), status.signal()))
 }
