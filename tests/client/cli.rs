@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::process::Command;
 
 use crate::support::login::users_file;
-use crate::support::{Server, echo_server, s5};
+use crate::support::{Server, echo_server, s5, temp_dir, write_file};
 use crate::{assert_line, assert_line_of, outcome, outcome_of};
 
 #[test]
@@ -178,6 +178,50 @@ fn errors_escape_control_characters() {
         let controls = outcome(args, b"").2.chars().filter(char::is_ascii_control).count();
         assert_eq!(controls, 1, "control characters before the line end: {args:?}");
     }
+}
+
+/// Characters that hide or reorder text: bidirectional controls, zero-width characters, separators, fillers, tags.
+const INVISIBLE: &str = "\u{202e}\u{2066}\u{200b}\u{200f}\u{ad}\u{61c}\u{180e}\u{2028}\u{2029}\u{2060}\u{feff}\u{fff9}\u{3164}\u{e0041}\u{9b}";
+
+#[test]
+fn text_that_hides_or_reorders_other_text_is_escaped() {
+    let dir = temp_dir();
+    let rule = format!("allow to=a{INVISIBLE}b");
+    let rules = write_file(dir.path(), "rules", &rule);
+    let users = write_file(dir.path(), "users", "");
+    let (named, unix) = (format!("{}/x{INVISIBLE}", dir.path().display()), format!("unix:/x{INVISIBLE}"));
+    let client = ["connect", "bind", "udp"].map(|mode| vec![mode, "-v", "-x", &unix, "a:1"]);
+    let zone = format!("[fe80::1%{INVISIBLE}]:80");
+    let user = format!("al{INVISIBLE}:x@{unix}");
+    let lines = [
+        &[INVISIBLE][..],
+        &["connect", &named],
+        &["connect", "--json", &named],
+        &["connect", "--direct", &zone],
+        &["connect", "--json", "-x", &unix, "a:1"],
+        &["connect", "-x", &user, "a:1"],
+        &["udp", &format!("--{named}")],
+        &["bind", "--address-file", &format!("{named}/y")],
+        &["connect", "-e", &named, "a:1"],
+        &["serve", "--listen", &named],
+        &["serve", "--listen", &format!("unix:{named}/y")],
+        &["serve", "--rules", &named],
+        &["serve", "--rules", &rules],
+        &["serve", "--rule", &rule],
+        &["serve", "--rule", &format!("deny user=a{INVISIBLE}b"), "--show-rules"],
+        &["serve", "--explain", &format!("to=example.org:80 user=a{INVISIBLE}b")],
+        &["serve", "--via", &format!("al{INVISIBLE}@127.0.0.1:1")],
+        &["serve", "--users", &users, "--remove-user", INVISIBLE],
+    ];
+    for args in lines.into_iter().chain(client.iter().map(Vec::as_slice)) {
+        let (_, stdout, stderr) = outcome_of(s5().args(args), b"");
+        let printed = stdout + &stderr;
+        assert_eq!(printed.chars().find(|c| *c != '\n' && INVISIBLE.contains(*c)), None, "{args:?}: {printed:?}");
+        assert!(!printed.is_empty(), "{args:?}");
+    }
+    let visible = "e\u{301}\u{e9}\u{4e2d}\u{939}\u{93f}\u{2026}\u{1f600}";
+    let (_, _, stderr) = outcome_of(s5().args(["serve", "--rules", visible]), b"");
+    assert!(stderr.contains(&visible.replace('\u{301}', "\\u{301}")), "{stderr}");
 }
 
 #[test]

@@ -113,13 +113,31 @@ impl CliError {
     }
 }
 
-/// Escapes control characters: messages may contain text from proxies and targets.
+/// Messages may contain text from proxies, targets and files.
 impl fmt::Display for CliError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for c in plain_os_errors(self.message.clone()).chars() {
-            if c.is_control() { write!(f, "{}", c.escape_default())? } else { write!(f, "{c}")? }
-        }
-        Ok(())
+        f.write_str(&escape(&plain_os_errors(self.message.clone())))
+    }
+}
+
+/// Escapes all characters that a terminal does not show as themselves: control characters, and those that are invisible
+/// or change the direction of text.
+pub fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_visible(c) { out.push(c) } else { out.extend(c.escape_default()) }
+    }
+    out
+}
+
+/// Returns true for letters, digits, punctuation and symbols of any script, and for the space.
+pub(crate) fn is_visible(c: char) -> bool {
+    match c {
+        // Letters and a symbol that are blank: the fillers of Hangul, and the empty Braille pattern.
+        '\u{115f}' | '\u{1160}' | '\u{3164}' | '\u{ffa0}' | '\u{2800}' => false,
+        '"' | '\'' | '\\' => true,
+        // Debug escapes controls, format characters, separators, and marks, of which many are parts of letters.
+        c => c.is_alphanumeric() || c.escape_debug().len() == 1,
     }
 }
 

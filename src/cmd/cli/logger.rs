@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
-use super::exit::{eprint_line, plain_os_errors};
+use super::exit::{eprint_line, escape, plain_os_errors};
 use super::journal;
 use crate::server::{LOGFMT_TARGET, current_session};
 
@@ -34,7 +34,7 @@ impl Log for Logger {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            eprint_line(&line(record));
+            eprint_line(&escape(&line(record)));
         }
     }
 

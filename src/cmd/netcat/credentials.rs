@@ -13,7 +13,7 @@ use super::descriptor;
 use super::options::ClientArgs;
 use super::proxies::env_var;
 use crate::client::{Proxy, check_credentials};
-use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
+use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line, escape};
 use crate::cmd::cli::text_file;
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
@@ -143,11 +143,11 @@ fn parse_login(pair: &[u8]) -> Option<Credentials> {
 
 /// Returns the password from the askpass program or the user. Fails if neither is available, and in CI.
 fn prompt_password(hop: &Proxy, uname: &[u8], args: &ClientArgs) -> Result<Vec<u8>, CliError> {
-    let user = String::from_utf8_lossy(uname).escape_debug().to_string();
+    let user = String::from_utf8_lossy(uname);
     let login_error =
         |problem: String| CliError::new(ExitStatus::LOGIN_FAILED, format!("proxy {hop}: login: {problem}"));
     if env_var("CI").is_none_or(|ci| ci == "false") {
-        let prompt = format!("Password for {user} at {hop}: ");
+        let prompt = escape(&format!("Password for {user} at {hop}: "));
         if let Some(program) = askpass_program() {
             return run_askpass(&program, &prompt).map_err(|error| login_error(format!("{program}: {error}")));
         }

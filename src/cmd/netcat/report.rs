@@ -1,13 +1,12 @@
 //! The report of `--json`, one JSON object (RFC 8259). It is formatted here: the object is nearly flat, and a library's
 //! number formatting would add more code to the binary than this module.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::client::{Client, Phase};
-use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, ExitStatus, is_visible};
 use crate::net::{ByteCounts, RelayStats, Side};
 use crate::proto::Addr;
 
@@ -113,13 +112,14 @@ fn format_millis(time: Duration) -> String {
     format!("{}.{:03}", time.as_millis(), time.subsec_micros() % 1000)
 }
 
+/// Quotes a string. The reader of the object may be a terminal, so invisible characters are escaped too.
 fn quote(text: &str) -> String {
     let mut out = String::from("\"");
     for c in text.chars() {
         match c {
             '"' | '\\' => out.extend(['\\', c]),
-            c if c < ' ' => drop(write!(out, "\\u{:04x}", u32::from(c))),
-            c => out.push(c),
+            c if is_visible(c) => out.push(c),
+            c => out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}"))),
         }
     }
     out + "\""
@@ -130,8 +130,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quote_escapes_quotes_backslashes_and_control_characters() {
-        assert_eq!(quote("a\"b\\c\nd\x1be"), r#""a\"b\\c\u000ad\u001be""#);
+    fn quote_escapes_quotes_backslashes_and_invisible_characters() {
+        assert_eq!(quote("a\"b\\c\nd\x1be \u{e9}"), "\"a\\\"b\\\\c\\u000ad\\u001be \u{e9}\"");
+        assert_eq!(quote("\u{7f}\u{202e}\u{e0041}"), r#""\u007f\u202e\udb40\udc41""#);
         assert_eq!(format_millis(Duration::from_micros(12_034_056)), "12034.056");
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::request::ExplainedRequest;
 use crate::client::lookup;
-use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, ExitStatus, escape};
 use crate::net::{Resolver, canonical, parse_literal, reactor, timeout_at};
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 use crate::policy::{Policy, is_reachable};
@@ -56,7 +56,8 @@ pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> R
 }
 
 fn print(text: &str) -> Result<(), CliError> {
-    let result = std::io::stdout().write_all(text.as_bytes());
+    let lines = text.lines().map(|line| escape(line) + "\n").collect::<String>();
+    let result = std::io::stdout().write_all(lines.as_bytes());
     result.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("write to stdout: {error}")))
 }
 

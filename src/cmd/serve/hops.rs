@@ -101,7 +101,7 @@ impl HopSources {
             let error = |problem: String| CliError::usage(format!("{option}: proxy {proxy}: {problem}"));
             let login = find_login(logins, proxy.uname.as_deref());
             if let (None, Some(uname)) = (login, &proxy.uname) {
-                let user = String::from_utf8_lossy(uname).escape_debug().to_string();
+                let user = String::from_utf8_lossy(uname);
                 return Err(error(format!("no password for {user} (use --proxy-auth-file or S5_PROXY_AUTH)")));
             }
             login.map_or(Ok(()), check_credentials).map_err(error)?;

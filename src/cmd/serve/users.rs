@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt as _, fchown};
 use std::path::Path;
 
 use super::load::{MAX_USERS_FILE, file_error, read_file};
-use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, ExitStatus, escape};
 use crate::cmd::cli::output_file;
 use crate::policy::users::{self, Users};
 
@@ -77,7 +77,7 @@ fn read_new_password(name: &str) -> Result<String, CliError> {
         // A byte order mark comes from editors and shells on Windows.
         return Ok(line.trim_start_matches('\u{feff}').trim_end_matches(['\r', '\n']).into());
     }
-    let first = rpassword::prompt_password(format!("Password for {name}: ")).map_err(read_error)?;
+    let first = rpassword::prompt_password(escape(&format!("Password for {name}: "))).map_err(read_error)?;
     let again = rpassword::prompt_password("Repeat the password: ").map_err(read_error)?;
     if first == again {
         Ok(first)
