@@ -1,18 +1,8 @@
 //! Habits of users of nc, ncat, curl and ssh: s5 does what they mean, or says what to write instead.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
-use std::process::Command;
-use std::time::{Duration, Instant};
-
 use crate::bind::bound_address;
 use crate::credentials::{accepting_proxy, assert_login};
-use crate::support::scripted::{NO_AUTH, SUCCESS, ScriptedServer, reply, text};
-use crate::support::{
-    CONNECT, Server, TIMEOUT, V4, closed_port, echo_server, in_namespace, open_by_name, run, tcp_server, temp_dir,
-    udp_echo_server, write_file,
-};
-use crate::{TARGET, assert_line, assert_line_in, assert_line_of, command, outcome, outcome_of, serve, start, success};
+use crate::*;
 
 /// Replaces /etc/services in the namespace of this test.
 fn set_services(text: &str) {
@@ -24,9 +14,7 @@ fn set_services(text: &str) {
 
 #[test]
 fn port_may_be_the_name_of_a_service() {
-    if !in_namespace("arguments::port_may_be_the_name_of_a_service", "127.0.0.1 localhost\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", "");
     let ((_server, proxy), tcp, udp) = (serve(), echo_server(), udp_echo_server(V4));
     let (proxy_port, free) = (proxy.rsplit_once(':').expect("a port").1, closed_port().port());
     let services = [
@@ -133,10 +121,7 @@ fn times_may_be_sums_of_units() {
 
 #[test]
 fn failure_of_the_default_proxy_names_settings_that_do_not_select_it() {
-    let test = "arguments::failure_of_the_default_proxy_names_settings_that_do_not_select_it";
-    if !in_namespace(test, "127.0.0.1 localhost\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", "");
     let refused = "connection refused (is the proxy running?)";
     for mode in ["connect", "udp", "bind"] {
         let hint = format!("{refused} (-p is the source port; -x 127.0.0.1:1081 sets the port of the proxy)\n");
@@ -219,9 +204,7 @@ fn name_that_is_not_ascii_is_refused_with_advice() {
 #[test]
 fn server_leaves_a_name_that_is_not_ascii_as_it_is() {
     let (name, hosts) = ("b\u{fc}cher.test", "127.0.0.1 localhost b\u{fc}cher.test\n");
-    if !in_namespace("arguments::server_leaves_a_name_that_is_not_ascii_as_it_is", hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     let server = Server::start(&[]);
     assert_eq!(open_by_name(&server, CONNECT, name, echo_server().port()).1, 0);
     server.wait_log(|log| log.contains(name));
@@ -234,10 +217,7 @@ fn server_leaves_a_name_that_is_not_ascii_as_it_is() {
 #[test]
 fn family_options_apply_to_the_proxy_and_to_targets_that_s5_resolves() {
     let hosts = "127.0.0.1 localhost both.test\n::1 both.test\n";
-    let test = "arguments::family_options_apply_to_the_proxy_and_to_targets_that_s5_resolves";
-    if !in_namespace(test, hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     for (option, at, atyp) in [("-4", "127.0.0.1:0", 1), ("-6", "[::1]:0", 4)] {
         for (resolve, atyp) in [("", 3), ("-R local ", atyp)] {
             let proxy = ScriptedServer::start_at(at, &format!("{NO_AUTH} {SUCCESS}"), drop);

@@ -1,20 +1,10 @@
 //! `s5 connect` against every row of the behaviour table: exit status, message and stdout. Also: every exit status
 //! occurs, and README.md in this directory has all rows.
 
-use std::collections::BTreeSet;
-use std::io::Read as _;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::process::Command;
-
 use s5::cmd::ExitStatus;
 
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{
-    TIMEOUT, V4, closed_port, echo_server, in_namespace, reset, run_all, s5, tcp_server, temp_dir, write_file,
-};
 use crate::table::{Behaviour, SHORT_TIMEOUT, behaviours};
-use crate::{outcome_of, serve};
+use crate::*;
 
 /// The command of s5 for a row.
 pub fn client(row: &Behaviour, host: &str, port: u16) -> Command {
@@ -102,9 +92,7 @@ const OTHER_STATUSES: [(i32, &str, &str); 15] = [
 #[test]
 fn every_exit_status_occurs() {
     let resolv = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
-    if !in_namespace("behaviours::every_exit_status_occurs", "127.0.0.1 localhost\n", resolv) {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", resolv);
     let ((_server, proxy), dir) = (serve(), temp_dir());
     // Resets after the first byte has arrived, and so not during connect(2).
     let resets = tcp_server(V4, |mut stream| {

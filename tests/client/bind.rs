@@ -1,11 +1,6 @@
 //! `s5 bind` through `s5 serve`, and failures of the second reply.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
-
-use crate::support::scripted::{RunningProgram, ScriptedServer, reply, text};
-use crate::support::{Server, TIMEOUT};
-use crate::{failure, outcome, start};
+use crate::*;
 
 /// Waits for the bound address of `s5 bind`.
 pub fn bound_address(client: &RunningProgram) -> SocketAddr {

@@ -7,11 +7,8 @@ mod users;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
-use std::process::Command;
 
-use crate::support::login::users_file;
-use crate::support::{Server, echo_server, s5, temp_dir, write_file};
-use crate::{assert_line, assert_line_of, outcome, outcome_of};
+use crate::*;
 
 #[test]
 fn help_and_version_are_printed_on_stdout_with_status_0() {

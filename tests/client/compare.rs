@@ -1,17 +1,8 @@
 //! Runs s5 and other clients against every row of the behaviour table, and writes the results to `README.md` in this
 //! directory. Ignored by default: `make compare-clients` runs it.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::fs;
-use std::path::Path;
-use std::process::Command;
-use std::sync::Mutex;
-use std::time::Duration;
-
-use crate::support::{is_installed, run_all};
 use crate::table::{self, Behaviour, Outcome};
-use crate::{behaviours, outcome_of};
+use crate::*;
 
 /// A client that runs longer than this counts as hanging. Each client has a timeout of 0.5 s or 1 s.
 const HANG_TIMEOUT: Duration = Duration::from_secs(4);

@@ -1,11 +1,6 @@
 //! Sources of the proxy and of user name and password: options, files and variables. Prompts are tested in prompts.rs.
 
-use std::process::Command;
-
-use crate::support::login::{login_message, users_file};
-use crate::support::scripted::{LOGIN, NO_AUTH, SUCCESS, ScriptedServer, text};
-use crate::support::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir, write_file};
-use crate::{TARGET, assert_line_in, assert_line_of, command, outcome, outcome_of, serve, success};
+use crate::*;
 
 /// A proxy that accepts any login and echoes the data.
 pub fn accepting_proxy() -> ScriptedServer {
@@ -45,10 +40,7 @@ fn assert_sends(userinfo: &str, options: &[&str], variables: &[(&str, &str)], un
 #[test]
 fn no_proxy_targets_bypass_the_proxy_of_the_environment() {
     let hosts = "127.0.0.1 localhost target.example www.target.example mytarget.example\n";
-    let test = "credentials::no_proxy_targets_bypass_the_proxy_of_the_environment";
-    if !in_namespace(test, hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     let (closed, port) = (closed_port().to_string(), echo_server().port());
     let status = |host: &str, options: &[&str], variables: &[(&str, &str)]| {
         let mut command = command(&format!("connect -z {host} {port}"));

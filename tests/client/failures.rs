@@ -1,10 +1,6 @@
 //! Handshake failures that are neither rows of the table in `behaviours.txt` nor transcripts.
 
-use std::time::{Duration, Instant};
-
-use crate::support::scripted::{NO_AUTH, ScriptedServer, reply};
-use crate::support::{closed_port, in_namespace};
-use crate::{TARGET, assert_line, failure, outcome};
+use crate::*;
 
 #[test]
 fn slow_bytes_do_not_extend_the_handshake_timeout() {
@@ -32,9 +28,7 @@ fn missing_unix_socket_has_status_7() {
 #[test]
 fn unresolvable_proxy_name_has_status_5() {
     let resolv = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
-    if !in_namespace("failures::unresolvable_proxy_name_has_status_5", "127.0.0.1 localhost\n", resolv) {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", resolv);
     for (name, reason) in [("proxy.example", "temporary failure in name resolution"), ("a..b", "name not found")] {
         let line = format!("s5: proxy {name}:1080: resolving the proxy's name, for {TARGET}: {reason}\n");
         assert_eq!(outcome(&format!("connect -x {name} {TARGET}"), b""), failure(5, &line));

@@ -1,6 +1,8 @@
 //! The client modes end to end, against scripted proxies and against `s5 serve`. `README.md` lists the files. What one
 //! proxy sees and one client prints is in the transcripts tests/wire/client-*.txt.
 
+#![allow(unused_qualifications, reason = "the names of std that support exports may be written with their path")]
+
 mod arguments;
 mod behaviours;
 mod bind;
@@ -21,10 +23,7 @@ mod udp_names;
 mod wire;
 mod zones;
 
-use std::process::Command;
-
-use support::scripted::{RunningProgram, text};
-use support::{Server, TIMEOUT, run, s5};
+use support::*;
 
 /// Target of the requests to scripted proxies.
 const TARGET: &str = "target.example:80";

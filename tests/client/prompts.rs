@@ -1,16 +1,7 @@
 //! Prompts for a missing password on the terminal or by an askpass program, and passwords in the command line.
 
-use std::fs;
-use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
-use std::process::Command;
-
 use crate::credentials::{accepting_proxy, as_s5, assert_login};
-use crate::support::login::login_message;
-use crate::support::scripted::{RunningProgram, ScriptedServer, text};
-use crate::support::{Server, TIMEOUT, closed_port, is_installed, temp_dir, wait_until, write_file};
-use crate::{TARGET, assert_line_in, assert_line_of, command, outcome_of};
+use crate::*;
 
 /// s5 in a new session, which has no terminal.
 fn without_a_terminal(args: &str) -> Command {

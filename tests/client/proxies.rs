@@ -1,13 +1,6 @@
 //! Choice of the proxy, and connecting to it: option, variables, names, Unix sockets and chains.
 
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::UnixListener;
-use std::thread;
-
-use crate::support::login::users_file;
-use crate::support::scripted::{NO_AUTH, SUCCESS, ScriptedServer, reply};
-use crate::support::{Server, closed_port, echo_server, in_namespace, s5, serve as serve_at, temp_dir};
-use crate::{TARGET, assert_line, command, failure, outcome, outcome_of, serve, success};
+use crate::*;
 
 /// Runs `s5 connect` with this option and these variables. Returns status and stderr.
 fn run_client(option: Option<&str>, variables: &[(&str, &str)]) -> (Option<i32>, String) {
@@ -39,9 +32,7 @@ fn proxy_sources_have_documented_precedence() {
 
 #[test]
 fn default_proxy_is_loopback_port_1080() {
-    if !in_namespace("proxies::default_proxy_is_loopback_port_1080", "127.0.0.1 localhost\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", "");
     for option in [None, Some("127.0.0.1"), Some("socks5h://127.0.0.1/"), Some("localhost")] {
         let proxy = ScriptedServer::start_at("127.0.0.1:1080", &reply("05 02 00 01 00*6"), drop);
         assert_eq!(run_client(option, &[]).0, Some(102));
@@ -146,9 +137,7 @@ fn ipv6_proxy_is_accepted_with_and_without_a_scheme() {
 #[test]
 fn all_addresses_of_the_proxy_are_tried() {
     let hosts = "::1 proxy.example\n127.0.0.2 proxy.example\n127.0.0.1 proxy.example\n";
-    if !in_namespace("proxies::all_addresses_of_the_proxy_are_tried", hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     let proxy = ScriptedServer::start(&format!("{NO_AUTH} {SUCCESS} < \"hello\""));
     let args = format!("connect -x proxy.example:{} {TARGET}", proxy.addr.port());
     assert_eq!(outcome(&args, b""), success("hello"));
@@ -158,7 +147,7 @@ fn all_addresses_of_the_proxy_are_tried() {
 fn serve_on_unix_socket() -> (Server, tempfile::TempDir, String) {
     let dir = temp_dir();
     let path = dir.path().join("s5.sock").display().to_string();
-    (serve_at(&format!("unix:{path}"), 1, &[]), dir, path)
+    (crate::support::serve(&format!("unix:{path}"), 1, &[]), dir, path)
 }
 
 #[test]

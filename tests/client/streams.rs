@@ -1,18 +1,11 @@
 //! stdin and stdout of `s5 connect`: no data is lost, and the exit status reports how the tunnel has ended.
 
 use std::fs::OpenOptions;
-use std::io::{Read as _, Write as _};
-use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd as _};
-use std::process::{Command, Stdio};
-use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::os::fd::AsFd;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::scripted::{RunningProgram, ScriptedServer, text};
-use crate::support::{TIMEOUT, V4, echo_server, pattern, run, tcp_server, udp_echo_server};
-use crate::{TARGET, command, outcome_of, serve, start, success};
+use crate::*;
 
 /// For transfers of many megabytes.
 const LONG_TIMEOUT: Duration = Duration::from_secs(60);

@@ -1,16 +1,11 @@
 //! The behaviour table in `behaviours.txt`, and a client's run against one of its rows.
 
 use std::fs::OpenOptions;
-use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Command, Stdio};
-use std::thread;
-use std::time::Duration;
 
 use crate::support::bytes::Placeholders;
-use crate::support::scripted::{RunningProgram, ScriptedServer};
 use crate::support::transcript::items;
-use crate::support::{FullBacklog, closed_port, echo_server};
+use crate::*;
 
 /// Timeout of the client in rows that expect a timeout.
 pub const SHORT_TIMEOUT: &str = "500ms";

@@ -1,14 +1,8 @@
 //! `s5 udp` through `s5 serve`, and with a relay that is part of the test.
 
-use std::net::{SocketAddr, UdpSocket};
-use std::process::Stdio;
-use std::time::{Duration, Instant};
-
 use std::os::unix::process::ExitStatusExt as _;
 
-use crate::support::scripted::{RunningProgram, ScriptedServer, reply, text};
-use crate::support::{Server, TIMEOUT, V4, in_namespace, retry, run, udp_echo_server};
-use crate::{command, outcome, serve, start, success};
+use crate::*;
 
 pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 65_536];
@@ -119,9 +113,7 @@ fn udp_through_a_chain_of_three_servers_round_trips() {
 
 #[test]
 fn udp_relay_address_that_is_a_name_is_resolved() {
-    if !in_namespace("udp::udp_relay_address_that_is_a_name_is_resolved", "127.0.0.1 relay.example\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 relay.example\n", "");
     let proxy = ScriptedServer::start(&reply("05 00 00 03 0d \"relay.example\" {relay:port}; > ..."));
     let mut client = start(&format!("udp -x {} 192.0.2.7:7", proxy.addr));
     client.write(b"found\n");
@@ -130,9 +122,7 @@ fn udp_relay_address_that_is_a_name_is_resolved() {
 
 #[test]
 fn udp_relay_that_cannot_be_reached_is_named() {
-    if !in_namespace("udp::udp_relay_that_cannot_be_reached_is_named", "127.0.0.1 localhost\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", "");
     let hint = "--udp-relay proxy uses the address of the proxy itself";
     let relays = [
         ("01 c0 00 02 09 13 88", "192.0.2.9:5000: network unreachable"),

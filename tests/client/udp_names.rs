@@ -1,17 +1,10 @@
 //! `s5 udp` to names with several addresses, or whose addresses change, and local peers that are silent for long. Each
 //! test runs in a new network namespace with an /etc/hosts or a resolver.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
-use std::time::{Duration, Instant};
-
 use crate::netcat::forward::start_forward;
-use crate::support::dns::{self, Answer};
-use crate::support::scripted::{RunningProgram, ScriptedServer, reply};
-use crate::support::{
-    TIMEOUT, V4, V6, arrives, in_namespace, is_strict, record_skip, retry, udp_echo, udp_sockets, wait_until,
-};
+use crate::support::dns::Answer;
 use crate::udp::{datagram, receive, socket};
-use crate::{outcome, serve, start, success};
+use crate::*;
 
 /// An /etc/hosts. The resolver returns ::1 first.
 const HOSTS: &str = "::1 both.test\n127.0.0.1 both.test\n::1 relay.test\n127.0.0.1 relay.test\n\
@@ -39,9 +32,7 @@ fn ping_until_answered(peer: &UdpSocket, at: SocketAddr) {
 
 #[test]
 fn udp_client_that_resolves_the_target_uses_its_next_address() {
-    if !in_namespace("udp_names::udp_client_that_resolves_the_target_uses_its_next_address", HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let (_server, proxy) = serve();
     for ip in [V4, V6] {
         let ([target], port) = udp_sockets([ip]);
@@ -58,9 +49,7 @@ fn udp_client_that_resolves_the_target_uses_its_next_address() {
 
 #[test]
 fn udp_client_tries_all_addresses_of_the_target() {
-    if !in_namespace("udp_names::udp_client_tries_all_addresses_of_the_target", HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     for ip in ["::1", "127.0.0.1", "127.0.0.2"] {
         let ([target], port) = udp_sockets([ip.parse().expect("valid address")]);
         udp_echo(target);
@@ -73,10 +62,7 @@ fn udp_client_tries_all_addresses_of_the_target() {
 
 #[test]
 fn udp_client_leaves_a_silent_address_after_a_second_and_keeps_one_that_has_answered() {
-    let test = "udp_names::udp_client_leaves_a_silent_address_after_a_second_and_keeps_one_that_has_answered";
-    if !in_namespace(test, HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let (_server, proxy) = serve();
     let ([silent, answering], port) = udp_sockets([V6, V4]);
     udp_echo(answering);
@@ -95,9 +81,7 @@ fn udp_client_leaves_a_silent_address_after_a_second_and_keeps_one_that_has_answ
 
 #[test]
 fn udp_forward_that_resolves_the_target_uses_its_next_address() {
-    if !in_namespace("udp_names::udp_forward_that_resolves_the_target_uses_its_next_address", HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let (_server, proxy) = serve();
     let ([target], port) = udp_sockets([V4]);
     udp_echo(target);
@@ -109,9 +93,7 @@ fn udp_forward_that_resolves_the_target_uses_its_next_address() {
 
 #[test]
 fn udp_relay_with_several_addresses_is_reached_at_the_one_that_works() {
-    if !in_namespace("udp_names::udp_relay_with_several_addresses_is_reached_at_the_one_that_works", HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let proxy = ScriptedServer::start(&reply("05 00 00 03 0a \"relay.test\" {relay:port}; > ..."));
     proxy.relay.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
     let mut client = start(&format!("udp -x {} 192.0.2.7:7", proxy.addr));
@@ -135,10 +117,7 @@ fn udp_client_looks_up_names_again_after_a_minute_and_remembers_silent_peers() {
     if !is_strict() {
         return record_skip("takes a minute");
     }
-    let test = "udp_names::udp_client_looks_up_names_again_after_a_minute_and_remembers_silent_peers";
-    if !in_namespace(test, "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let ips = [2, 3].map(|n| Ipv4Addr::new(127, 0, 0, n));
     // --direct and -R local, and each with a first lookup.
     dns::start_with(move |_, nth| Answer::addrs([ips[usize::from(nth > 0)]]));

@@ -1,13 +1,6 @@
 //! The bytes that clients send, as far as they are not in a transcript.
 
-use std::io::Write as _;
-use std::net::{TcpListener, UdpSocket};
-use std::process::Command;
-use std::sync::mpsc::channel;
-
-use crate::support::scripted::{LOGIN, ScriptedServer, reply, text};
-use crate::support::{in_namespace, is_installed, request_by_name, retry};
-use crate::{TARGET, assert_line, outcome};
+use crate::*;
 
 /// Runs a client against a proxy that refuses its request. Returns the request. `scheme` is put before the address.
 fn sent_request(mode: &str, scheme: &str) -> Vec<u8> {
@@ -54,9 +47,7 @@ fn oversized_fields_are_rejected_before_connecting() {
 #[test]
 fn target_name_is_not_resolved_locally() {
     let resolv = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
-    if !in_namespace("wire::target_name_is_not_resolved_locally", "127.0.0.1 target.example\n", resolv) {
-        return;
-    }
+    enter_namespace!("127.0.0.1 target.example\n", resolv);
     let resolver = UdpSocket::bind("127.0.0.1:53").expect("the port is free in this namespace");
     for name in ["target.example", "other.example", "localhost"] {
         for scheme in ["", "socks5://", "socks5h://"] {

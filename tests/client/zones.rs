@@ -2,14 +2,8 @@
 //! network namespace: it is fe80::1 and fd09::1 on the interface s0. The clients are fe80::2 on c0, the other end of the
 //! link, and have no other address there.
 
-use std::io::Write as _;
-use std::net::{Ipv6Addr, SocketAddr, TcpStream};
-use std::process::Command;
-
 use crate::bind::bound_address;
-use crate::support::scripted::RunningProgram;
-use crate::support::{Server, TIMEOUT, echo_server_at, in_namespace, read_exact, run, s5, udp_echo_server};
-use crate::{assert_line, outcome, start, success};
+use crate::*;
 
 /// Sets up an interface for the server, whose other end is in the namespace of process $1.
 const SERVER_LINK: &str = "set -e; ip link set lo up
@@ -41,9 +35,7 @@ fn serve_at_link(host: &RunningProgram) -> Server {
 
 #[test]
 fn link_local_addresses_with_a_zone_are_reached() {
-    if !in_namespace("zones::link_local_addresses_with_a_zone_are_reached", "127.0.0.1 localhost\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", "");
     let host = linked_namespace();
     let _server = serve_at_link(&host);
     let proxy = "[fe80::1%c0]:1080";
@@ -62,10 +54,7 @@ fn link_local_addresses_with_a_zone_are_reached() {
 
 #[test]
 fn server_and_clients_listen_on_and_forward_to_link_local_addresses() {
-    let test = "zones::server_and_clients_listen_on_and_forward_to_link_local_addresses";
-    if !in_namespace(test, "127.0.0.1 localhost\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", "");
     let host = linked_namespace();
     let server = serve_at_link(&host);
     assert!(matches!(server.addr(), SocketAddr::V6(addr) if addr.scope_id() != 0), "{}", server.addr());
@@ -114,10 +103,7 @@ fn server_and_clients_listen_on_and_forward_to_link_local_addresses() {
 
 #[test]
 fn link_local_address_without_a_zone_fails_with_the_reason() {
-    let test = "zones::link_local_address_without_a_zone_fails_with_the_reason";
-    if !in_namespace(test, "127.0.0.1 localhost\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", "");
     let reason = "a link-local address requires a zone, as in fe80::1%eth0";
     let server = Server::start(&[]);
     let (status, _, stderr) = outcome(&format!("connect -x {} [fe80::2]:80", server.addr()), b"");

@@ -1,13 +1,6 @@
 //! curl through `s5 serve`.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::process::Command;
-
-use crate::support::programs::{LONG_TIMEOUT, assert_echoes, has_all, stdout, wait_session};
-use crate::support::scripted::text;
-use crate::support::{Server, V4, V6, bytes, closed_port, run, s5, tcp_server, temp_dir};
-use crate::{add_anna, exit_code, htpasswd_berta, serve_for};
+use crate::*;
 
 /// Exit status of curl if the SOCKS server refuses the login or the request.
 const PROXY_REFUSED: i32 = 97;

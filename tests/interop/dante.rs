@@ -1,18 +1,6 @@
 //! danted as a proxy of the clients of s5, and as a client of `s5 serve`.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
-use std::process::Command;
-
-use crate::exit_code;
-use crate::support::programs::{
-    Dante, LONG_TIMEOUT, OtherServer, assert_echoes, assert_fails_with, has_all, wait_session,
-};
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{
-    Server, TIMEOUT, V4, bytes, closed_port, echo_server, is_installed, run, s5, udp_echo_server, write_file,
-};
+use crate::*;
 
 const DANTED: &str = "/usr/sbin/danted";
 const ALL_COMMANDS: &str = "command: connect bind udpassociate bindreply udpreply\n  log: connect error";

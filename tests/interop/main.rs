@@ -2,6 +2,8 @@
 //!
 //! The programs are those of Debian. A test whose program is missing is skipped, or fails if S5_TEST_STRICT=1.
 
+#![allow(unused_qualifications, reason = "the names of std that support exports may be written with their path")]
+
 mod curl;
 mod dante;
 mod netcat;
@@ -12,12 +14,7 @@ mod ssh;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::path::Path;
-use std::process::{Command, Output};
-
-use crate::support::programs::{has_all, stdout};
-use crate::support::scripted::text;
-use crate::support::{Server, s5, write_file};
+use support::*;
 
 /// Starts `s5 serve` for a test with these programs. Returns `None` if one of them is not installed.
 fn serve_for(programs: &[&str]) -> Option<Server> {

@@ -1,11 +1,6 @@
 //! ncat and OpenBSD's nc through `s5 serve`.
 
-use std::process::Command;
-
-use crate::support::programs::{LONG_TIMEOUT, assert_echoes, has_all, wait_session};
-use crate::support::scripted::text;
-use crate::support::{Server, bytes, closed_port, echo_server, run, temp_dir};
-use crate::{exit_code, htpasswd_berta, serve_for};
+use crate::*;
 
 /// More than socket buffers hold, so that data must flow in both directions at once.
 const SIZE: usize = 4 << 20;

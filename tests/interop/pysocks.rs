@@ -1,12 +1,6 @@
 //! PySocks (Debian's python3-socks) through `s5 serve`.
 
-use std::net::Ipv6Addr;
-use std::process::Command;
-
-use crate::add_anna;
-use crate::support::programs::{PYTHON, has_python_module, stdout};
-use crate::support::scripted::text;
-use crate::support::{Server, V4, V6, echo_server, temp_dir, udp_echo_server};
+use crate::*;
 
 /// Arguments: host and port of the proxy, host and port of the target, user name and password.
 const TCP: &str = r#"

@@ -5,18 +5,9 @@
 //! names and addresses that the page uses. Commands that keep running are killed at the end of the recipe.
 
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread;
-use std::time::Duration;
 
 use crate::ssh::Sshd;
-use crate::support::programs::{ProcessGroup, has_all};
-use crate::support::scripted::text;
-use crate::support::{TIMEOUT, record_skip, run, s5, temp_dir, wait_until, write_file};
+use crate::*;
 
 const README: &str = include_str!("../../README.md");
 const TEST: &str = "readme::readme_commands_run_as_printed";

@@ -3,20 +3,7 @@
 mod dns;
 mod shell;
 
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, TcpListener};
-use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use crate::exit_code;
-use crate::support::login::users_file;
-use crate::support::programs::{LONG_TIMEOUT, OtherServer, PYTHON, assert_fails_with, has_python_module, wait_session};
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{
-    Server, TIMEOUT, V4, check_pattern, closed_port, idle_descriptors, in_namespace, read_exact, run, s5, send_pattern,
-    tcp_server, timed, wait_until,
-};
+use crate::*;
 
 const HOSTS: &str = "127.0.0.1 localhost\n";
 

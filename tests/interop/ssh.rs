@@ -1,22 +1,8 @@
 //! OpenSSH: ssh and git through `s5 connect`, and `ssh -D` as a proxy.
 
-use std::fmt::Write as _;
 use std::fs::File;
-use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex};
-use std::thread;
 
-use crate::exit_code;
-use crate::support::programs::{
-    LONG_TIMEOUT, OtherServer, ProcessGroup, assert_echoes, assert_fails_with, has_all, stdout, wait_session,
-};
-use crate::support::scripted::text;
-use crate::support::{
-    Server, V4, bytes, closed_port, echo_server, is_installed, run, s5, tcp_server, temp_dir, write_file,
-};
+use crate::*;
 
 const SSHD: &str = "/usr/sbin/sshd";
 /// Exit status of s5 if the proxy closes the connection instead of replying.

@@ -1,13 +1,6 @@
 //! The bytes on the network: with encryption, requests, data and replies must not be readable.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::{Arc, Mutex};
-use std::thread;
-
-use crate::support::programs::stdout;
-use crate::support::{CONNECT, V4, request_by_name, tcp_server};
-use crate::{LEVELS, client_at, realm, serve_at};
+use crate::*;
 
 const CLIENT_DATA: &[u8] = b"a secret of the client";
 const SERVER_DATA: &[u8] = b"a secret of the server";

@@ -1,16 +1,6 @@
 //! Chains of s5 proxies: each hop has its own security context, within that of the previous hop.
 
-use std::io::Write as _;
-use std::net::TcpStream;
-
-use crate::support::login::users_file;
-use crate::support::programs::{assert_echoes, assert_fails_with, wait_session};
-use crate::support::scripted::RunningProgram;
-use crate::support::{Server, TIMEOUT, V4, bytes, echo_server, s5, udp_echo_server};
-use crate::{
-    ALICE, LEVELS, any_client, assert_hello, client, exchange_datagrams, hello, realm, serve, serve_at, start, streams,
-    url,
-};
+use crate::*;
 
 /// Levels that the two hops grant.
 const LEVEL_PAIRS: [[&str; 2]; 4] = [

@@ -1,20 +1,11 @@
 //! s5 clients with an independent server: what the clients send and accept, and how they exit on invalid messages.
 
-use std::io::Write as _;
-use std::net::{SocketAddr, TcpStream, UdpSocket};
-use std::process::Command;
-
 use crate::peer::{
     ABORT, ALL, AUTHENTICATION, CONF, DATA, DELEG, INTEG, LEVEL_FORMS, LevelForm, Library, MUTUAL, PROTECTION, Peer,
     Proxy, REPLAY, SEQUENCE, SUCCESS, message, receive_token, set_up,
 };
-use crate::support::programs::{PYTHON, assert_failed};
 use crate::support::realm::Realm;
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{
-    CONNECT, StreamEnd, TIMEOUT, V4, bytes, message_with_addr, read_exact, request_by_name, retry, stream_end,
-};
-use crate::{ALICE, any_client, client};
+use crate::*;
 
 /// Target of the clients. No test must reach it.
 const TARGET: &str = "192.0.2.1:80";

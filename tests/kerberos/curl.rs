@@ -1,14 +1,7 @@
 //! curl and libcurl with GSSAPI: they log in, but do not protect the data after the login.
 
-use std::io::{Read as _, Write as _};
-use std::net::SocketAddr;
-use std::process::Command;
-
-use crate::support::login::users_file;
-use crate::support::programs::{LONG_TIMEOUT, PYTHON, stdout, wait_session};
 use crate::support::realm::Realm;
-use crate::support::{Server, V4, echo_server, is_installed, is_strict, record_skip, run, skip, tcp_server, temp_dir};
-use crate::{ALICE, assert_hello, connect, realm, serve, text, url};
+use crate::*;
 
 /// Arguments: proxy, URL, and optionally `nec` for NEC's variant.
 const PYCURL: &str = r#"

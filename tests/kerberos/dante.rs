@@ -1,15 +1,8 @@
 //! Interoperation with Dante's server and client. S5_TEST_DANTE names the install directory of a build with GSSAPI, with
 //! sbin/sockd and bin/socksify (Debian's packages have no GSSAPI). Without it, the tests are skipped.
 
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
-use crate::support::programs::{Dante, OtherServer, PYTHON, assert_echoes, stdout, wait_session};
 use crate::support::realm::Realm;
-use crate::support::scripted::text;
-use crate::support::{V4, bytes, echo_server, record_skip, temp_dir, udp_echo_server, write_file};
-use crate::{ALICE, LEVELS, client_at, exchange_datagrams, realm, serve};
+use crate::*;
 
 /// Dante's names of the levels.
 const DANTE_LEVELS: [&str; 3] = ["clear", "integrity", "confidentiality"];

@@ -1,11 +1,6 @@
 //! s5 client and server: UDP ASSOCIATE at each level. Each datagram is one frame.
 
-use std::net::Ipv6Addr;
-
-use crate::support::programs::{LONG_TIMEOUT, assert_fails_with, wait_session};
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{TIMEOUT, V4, run, udp_echo_server};
-use crate::{ALICE, LEVELS, client_at, exchange_datagrams, realm, serve_at, url};
+use crate::*;
 
 /// Largest data that is not fragmented: 65507 bytes less the header for IPv4 and the overhead of each level (aes-sha1).
 const MAX_UNFRAGMENTED: [usize; 3] = [65_497, 65_465, 65_433];

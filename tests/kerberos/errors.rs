@@ -1,17 +1,8 @@
 //! Kerberos errors: tickets, services and KDCs. Each error is reported in time and does not block other sessions.
 
-use std::io::Write as _;
-use std::net::TcpStream;
-use std::time::{Duration, Instant};
-
 use crate::page::assert_explains;
-use crate::support::programs::{LONG_TIMEOUT, assert_echoes, assert_failed, assert_fails_with};
 use crate::support::realm::{Realm, kinit};
-use crate::support::scripted::RunningProgram;
-use crate::support::{
-    CONNECT, Server, TIMEOUT, closed_port, echo_server, greet, read_exact, request, retry, run, s5, timed, wait_until,
-};
-use crate::{client, connect, hello, path, realm, serve, start, url};
+use crate::*;
 
 /// An address without a listener. No test must reach it.
 const UNUSED_ADDR: &str = "127.0.0.9:9";

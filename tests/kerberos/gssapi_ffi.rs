@@ -5,12 +5,8 @@
 
 mod in_realm;
 
-use std::process::Command;
-use std::time::Duration;
-
 use crate::support::realm::{DEFAULT_ENCTYPE, Realm, can_start};
-use crate::support::scripted::text;
-use crate::support::{is_installed, run, write_file};
+use crate::*;
 
 /// Runs the tests of `in_realm`, as arguments of `program` if it is given.
 fn run_in(realm: &Realm, program: Option<&mut Command>) {

@@ -1,12 +1,7 @@
 //! Behavior without a GSSAPI library, and interoperation of Heimdal's and MIT's library.
 
-use std::path::PathBuf;
-use std::process::Command;
-
 use crate::page::assert_explains;
-use crate::support::programs::{assert_echoes, assert_fails_with, stdout, wait_session};
-use crate::support::{Server, TIMEOUT, bytes, echo_server, is_installed, record_skip, run, s5, temp_dir, write_file};
-use crate::{ALICE, LEVELS, assert_hello, client_at, hello, path, realm, serve, url};
+use crate::*;
 
 const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
 

@@ -3,6 +3,8 @@
 //! Tests whose programs are not installed are skipped, or fail if S5_TEST_STRICT=1. tests/wire/protected.rs tests the
 //! framing with a simulated security context.
 
+#![allow(unused_qualifications, reason = "the names of std that support exports may be written with their path")]
+
 mod capture;
 mod chains;
 mod client_handshake;
@@ -24,13 +26,8 @@ mod streams;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::path::Path;
-use std::process::{Command, Output};
-
-use crate::support::programs::LONG_TIMEOUT;
-use crate::support::realm::{self, Realm};
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{Server, run, s5};
+use support::realm::Realm;
+use support::*;
 
 const ALICE: &str = "alice@S5.TEST";
 const LEVELS: [&str; 3] = ["none", "integrity", "confidentiality"];

@@ -1,15 +1,10 @@
 //! Options for GSSAPI: order of methods, keytab and service, granted levels, ticket cache, and errors at start.
 
-use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Command, Output};
 
 use crate::page::assert_explains;
-use crate::support::login::users_file;
-use crate::support::programs::{assert_fails_with, wait_session};
 use crate::support::realm::Realm;
-use crate::support::{Server, TIMEOUT, echo_server, is_installed, read_exact, run, s5, temp_dir, write_file};
-use crate::{ALICE, any_client, assert_hello, connect, hello, path, realm, serve, start, url};
+use crate::*;
 
 /// Runs a server that must not start.
 fn refused(realm: &Realm, args: &[&str]) -> Output {

@@ -1,14 +1,7 @@
 //! The commands and messages of src/gssapi/README.md: the commands work, and the messages are in its table.
 
-use std::fmt::Write as _;
-use std::io::{Read as _, Write as _};
-use std::path::Path;
-use std::process::Command;
-
-use crate::support::programs::{LONG_TIMEOUT, stdout, wait_session};
 use crate::support::realm::{PASSWORD, REALM, Realm};
-use crate::support::{Server, V4, is_installed, run, tcp_server, temp_dir};
-use crate::{ALICE, realm, text};
+use crate::*;
 
 const PAGE: &str = include_str!("../../src/gssapi/README.md");
 

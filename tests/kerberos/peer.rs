@@ -1,17 +1,11 @@
 //! An independent peer for the tests: GSSAPI is Debian's python3-gssapi in a separate process; the test chooses the
 //! messages, valid or invalid. Not a test itself.
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
-use std::thread;
+use std::process::ChildStdin;
+use std::sync::mpsc::Receiver;
 
-use crate::support::programs::{PYTHON, has_python_module};
 use crate::support::realm::Realm;
-use crate::support::{CONNECT, Server, TIMEOUT, V4, accept, listener, read_exact, request};
+use crate::*;
 
 const SCRIPT: &str = include_str!("peer.py");
 

@@ -1,14 +1,9 @@
 //! An independent client of a UDP association: which datagrams the server accepts, and how it wraps answers.
 
-use std::net::{SocketAddr, UdpSocket};
-use std::time::Duration;
-
 use crate::peer::{ALL, AUTHENTICATION, DATA, Library, Peer, SEQUENCE, message, set_up};
-use crate::serve;
+use crate::support::bytes::hex;
 use crate::support::realm::Realm;
-use crate::support::{
-    Server, TIMEOUT, UDP_ASSOCIATE, V4, bytes, bytes::hex, message_with_addr, retry, udp_echo_server, wait_until,
-};
+use crate::*;
 
 /// The client of an association.
 pub struct Udp {

@@ -1,15 +1,8 @@
 //! An independent client with an open tunnel: which tokens the server accepts in a protected stream.
 
-use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-
 use crate::peer::{ABORT, ALL, AUTHENTICATION, DATA, Library, PROTECTION, Peer, message, set_up};
-use crate::serve;
-use crate::support::programs::wait_session;
 use crate::support::realm::Realm;
-use crate::support::{
-    CONNECT, Server, StreamEnd, V4, accept, bytes, echo_server, listener, read_exact, request, retry, stream_end,
-};
+use crate::*;
 
 struct Setup {
     _realm: Realm,

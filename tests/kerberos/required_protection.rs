@@ -1,13 +1,6 @@
 //! Required protection can't be bypassed by a proxy; and many concurrent logins to a hop succeed.
 
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::process::{Child, Stdio};
-use std::thread;
-
-use crate::support::programs::{assert_fails_with, wait_session};
-use crate::support::{CONNECT, Server, echo_server, open, ping};
-use crate::{ALICE, any_client, client, hello, realm, serve, start, url};
+use crate::*;
 
 #[test]
 fn protection_options_offer_only_gssapi() {

@@ -1,14 +1,6 @@
 //! Policy rules for Kerberos logins, also after a reload.
 
-use std::io::Write as _;
-use std::net::TcpStream;
-
-use crate::support::programs::{assert_fails_with, wait_session};
-use crate::support::scripted::RunningProgram;
-use crate::support::{
-    Server, TIMEOUT, V4, echo_server, read_exact, s5, temp_dir, udp_echo_server, wait_until, write_file,
-};
-use crate::{ALICE, assert_hello, client, connect, exchange_datagrams, hello, path, realm, serve, url};
+use crate::*;
 
 #[test]
 fn rules_match_user_method_and_protection() {

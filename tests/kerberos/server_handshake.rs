@@ -1,19 +1,11 @@
 //! An independent client up to the negotiation of the level: the server answers all invalid messages with an abort.
 
-use std::io::Write as _;
-use std::net::{Shutdown, TcpStream};
-
 use crate::peer::{
     ABORT, ALL, AUTHENTICATION, CONF, Context, DATA, DELEG, INTEG, LEVEL_FORMS, LevelForm, Library, MUTUAL, PROTECTION,
     Peer, REPLAY, SEQUENCE, greet, message, receive_token, set_up,
 };
 use crate::raw_datagrams::Udp;
-use crate::support::programs::wait_session;
-use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, V4, echo_server, ping, read_reply, request, session_lines, stream_end,
-    udp_echo_server,
-};
-use crate::{ALICE, serve};
+use crate::*;
 
 const ALL_LEVELS: [&str; 2] = ["--gssapi-protection", "none,integrity,confidentiality"];
 

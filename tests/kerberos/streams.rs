@@ -1,15 +1,6 @@
 //! s5 client and server: CONNECT and BIND at each level.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::mpsc::channel;
-
-use crate::support::programs::{assert_echoes, assert_fails_with, wait_session};
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{
-    Server, TIMEOUT, V4, accept, bytes, closed_port, echo_server, listener, read_exact, reset, s5, tcp_server, temp_dir,
-};
-use crate::{ALICE, LEVELS, assert_hello, client_at, connect, hello, path, realm, serve, serve_at, url};
+use crate::*;
 
 #[test]
 fn tunnel_transfers_8_mib_each_way_at_every_level() {

@@ -1,18 +1,10 @@
 //! The fail2ban filter of src/policy/README.md on the log of a server. Each failed login is one match with the right
 //! address, and values that a client chooses neither add nor hide a match.
 
-use std::io::Write as _;
-use std::net::{Ipv4Addr, Shutdown, SocketAddr};
-use std::path::Path;
-use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::log_escaping::ATTACKS;
-use crate::support::login::{log_in, login_message, select_password, users_file};
-use crate::support::{
-    CONNECT, TIMEOUT, V4, V6, closed_port, connect_from, in_namespace, is_installed, read_exact, read_reply, request,
-    request_by_name, run, serve, session_lines, stream_end, temp_dir, write_file,
-};
+use crate::*;
 
 /// The filter in the README.
 fn filter() -> String {

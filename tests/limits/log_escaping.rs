@@ -1,13 +1,6 @@
 //! Values from clients, targets and hops are escaped in the log, and secrets are never logged.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
-
-use crate::support::login::{bcrypt_line, log_in, open_with_login, unused_client_ip, users_file};
-use crate::support::{
-    BIND, CONNECT, Server, UDP_ASSOCIATE, V4, closed_port, echo_server, greet, in_namespace, open, read_exact,
-    session_lines, stream_end, tcp_server, temp_dir, write_file,
-};
+use crate::*;
 
 /// Attacks on readers of the log: texts that end a line or a value, control a terminal, or reverse the following text.
 pub const ATTACKS: [&[u8]; 26] = [
@@ -140,9 +133,7 @@ fn reply_with_name(rep: u8, name: &[u8]) -> Vec<u8> {
 #[test]
 fn domain_names_are_escaped_for_every_command_and_outcome() {
     // In a namespace without a resolver.
-    if !in_namespace("log_escaping::domain_names_are_escaped_for_every_command_and_outcome", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let port = closed_port().port();
     for args in [&[][..], &["--deny", "to=.evil"], &["--deny", "command=bind", "--deny", "to=127.0.0.0/8"]] {
         let server = Server::start(&[&["-v", "-v", "--connect-timeout", "300ms"], args].concat());

@@ -1,17 +1,10 @@
 //! Memory of logins: a hash needs 19 MiB, and a server keeps none of it.
 
-use std::io::Write as _;
-use std::net::TcpStream;
-use std::thread;
-use std::time::Duration;
-
 use argon2::password_hash::PasswordHasher as _;
 use argon2::password_hash::phc::PasswordHash;
 use argon2::{Algorithm, Argon2, Params, Version};
 
-use crate::lock_machine;
-use crate::support::login::{bcrypt_line, connect_from_ip, login_message, select_password, unused_client_ip};
-use crate::support::{Server, TIMEOUT, proc_kib, read_exact, temp_dir, wait_until, write_file};
+use crate::*;
 
 /// Maximum number of hashes at a time.
 const MAX_HASHES: usize = 8;

@@ -1,12 +1,6 @@
 //! Lookups and connection attempts: shares of the clients, cancelled work, and threads that end.
 
-use std::fs;
-use std::io::Write as _;
-use std::net::TcpStream;
-use std::thread;
-use std::time::Duration;
-
-use crate::support::{CONNECT, Server, TIMEOUT, dns, greet, in_namespace, read_reply, request_by_name, wait_until};
+use crate::*;
 
 /// A resolver that gives up after a second.
 const RESOLV: &str = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
@@ -36,9 +30,7 @@ fn request_names(server: &Server, names: impl Iterator<Item = String>) -> Vec<Tc
 
 #[test]
 fn threads_of_lookups_end_and_an_idle_server_does_not_wake_up() {
-    if !in_namespace("lookups::threads_of_lookups_end_and_an_idle_server_does_not_wake_up", "", RESOLV) {
-        return;
-    }
+    enter_namespace!("", RESOLV);
     dns::start();
     let server = Server::start(&["--threads", "2"]);
     let (before, _) = threads(&server);

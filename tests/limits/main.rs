@@ -1,5 +1,7 @@
 //! Limits per client and per user, throttling of password guesses, and escaping of client data in the log.
 
+#![allow(unused_qualifications, reason = "the names of std that support exports may be written with their path")]
+
 mod fail2ban;
 mod log_escaping;
 mod login_memory;
@@ -11,7 +13,9 @@ mod slow_handshakes;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{MutexGuard, PoisonError};
+
+use support::*;
 
 /// Held by tests that measure times or load the whole machine, because they would disturb each other.
 fn lock_machine() -> MutexGuard<'static, ()> {

@@ -1,19 +1,8 @@
 //! Throttling of password guesses: logins are delayed and then blocked, but only for the guesser's address.
 
-use std::io::Write as _;
-use std::net::TcpStream;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicU32;
 
-use crate::support::login::{
-    bcrypt_line, connect_from_ip, log_in, login_message, open_with_login, select_password, send_login, users_file,
-};
-use crate::support::{
-    CONNECT, Server, StreamEnd, echo_server, ping, read_exact, read_reply, request, resident_kib, stream_end, temp_dir,
-    timed, write_file,
-};
-use crate::{ensure, lock_machine, try_three_times};
+use crate::*;
 
 /// Failures within a minute that are answered without a delay.
 const FREE_FAILURES: usize = 5;

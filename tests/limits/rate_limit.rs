@@ -1,18 +1,6 @@
 //! `--rate` and `--rate-per-user`: the rate is reached and not exceeded, no data is lost, and little CPU is used.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use crate::support::login::{open_with_login, users_file};
-use crate::support::{
-    CONNECT, Server, TIMEOUT, UDP_ASSOCIATE, V4, check_pattern, echo_server, message_with_addr, open, ping, read_exact,
-    retry, send_pattern, tcp_server,
-};
-use crate::{ensure, lock_machine, try_three_times};
+use crate::*;
 
 /// Minimum capacity of a token bucket. Above it, the capacity is the rate times a quarter of a second.
 const MIN_BURST_BYTES: f64 = 65_536.0;

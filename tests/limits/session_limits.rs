@@ -1,18 +1,8 @@
 //! `--max-per-client` and `--max-per-user`: the limits, the addresses that count as one client, and ends of sessions.
 
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::process::Command;
 use std::sync::Barrier;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use crate::lock_machine;
-use crate::support::login::{connect_from_ip, login_message, open_with_login, users_file};
-use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, connect_from, echo_server, in_namespace,
-    open, ping, read_exact, request, reset, retry, serve, stream_end, tcp_server, tunnel, wait_until,
-};
+use crate::*;
 
 const ANY: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
@@ -131,9 +121,7 @@ fn client_connections(server: &Server) -> usize {
 
 #[test]
 fn max_per_client_counts_an_ipv6_prefix_of_64_bits_as_one_client() {
-    if !in_namespace("session_limits::max_per_client_counts_an_ipv6_prefix_of_64_bits_as_one_client", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let sources = ["2001:db8:1::1", "2001:db8:1:0:ffff:ffff:ffff:ffff", "2001:db8:2::1", "2001:db8:1:1::1"];
     for source in sources {
         let mut add = Command::new("ip");

@@ -1,16 +1,6 @@
 //! Clients that stop during the handshake: each uses one descriptor and little memory until the timeout.
 
-use std::io::Write as _;
-use std::net::TcpStream;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use crate::lock_machine;
-use crate::support::login::{connect_from_ip, login_message, open_with_login, users_file};
-use crate::support::{
-    CONNECT, Server, StreamEnd, TIMEOUT, echo_server, fastest, raise_fd_limit, read_exact, session_lines, skip,
-    stream_end, wait_until,
-};
+use crate::*;
 
 const CLIENTS: usize = 2000;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(8);

@@ -3,9 +3,6 @@
 
 mod tunnel;
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::conn::Conn;
@@ -14,6 +11,8 @@ use tunnel::harness::{CAPACITY, Harness};
 use tunnel::memory::MemoryTunnel;
 use tunnel::sockets::SocketTunnel;
 use tunnel::{Direction, Peer as _, Received, Tunnel};
+
+use crate::*;
 
 /// Generates tests from generic functions, one for each implementation of `Tunnel`.
 macro_rules! for_each_relay {

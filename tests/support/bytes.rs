@@ -1,12 +1,7 @@
 //! Encodes the items of a transcript line, and compares received bytes with them.
 
-use std::io::{ErrorKind, Read as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::thread;
-use std::time::{Duration, Instant};
-
 use super::transcript::Item;
-use super::{message_with_addr, retry};
+use super::*;
 
 /// Time limit for each expected event. Shorter than the 10 s of RFC 1928 section 6.
 pub const LIMIT: Duration = Duration::from_secs(8);
@@ -207,7 +202,7 @@ pub fn wait_port_free(addr: SocketAddr, is_tcp: bool) -> bool {
         fields[1] == local_address && (!is_tcp || fields[3] == TCP_LISTEN)
     };
     poll_until(LIMIT, || {
-        let table = std::fs::read_to_string(&table).expect("file read");
+        let table = fs::read_to_string(&table).expect("file read");
         !table.lines().skip(1).any(is_user)
     })
 }

@@ -1,15 +1,12 @@
 //! Connections to the server: requests by name, chosen source addresses, ends of connections, targets that never
 //! accept, and a byte pattern.
 
-use std::io::{ErrorKind, Read, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::io::Read;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
-use crate::support::{Server, TIMEOUT, open, read_exact, read_reply, retry, s5, wait_until};
+use super::*;
 
 pub const CONNECT: u8 = 1;
 pub const BIND: u8 = 2;
@@ -171,7 +168,7 @@ pub fn resident_kib(server: &Server) -> usize {
 
 /// A size in KiB from a file of the server in /proc.
 pub fn proc_kib(server: &Server, file: &str, field: &str) -> usize {
-    let text = std::fs::read_to_string(format!("/proc/{}/{file}", server.pid())).expect("the server runs");
+    let text = fs::read_to_string(format!("/proc/{}/{file}", server.pid())).expect("the server runs");
     let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).expect("a field of the file");
     line.trim().trim_end_matches(" kB").parse().expect("valid number")
 }

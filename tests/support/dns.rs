@@ -1,10 +1,7 @@
 //! A minimal DNS server on 127.0.0.1:53, for use in a network namespace. By default, the first label of a name selects
 //! the answer: NXDOMAIN for `nx`, SERVFAIL for `servfail`, no answer for `silent`, otherwise the address 127.0.0.1.
 
-use std::collections::HashMap;
-use std::net::{Ipv4Addr, UdpSocket};
-use std::sync::{Arc, Mutex};
-use std::thread;
+use super::*;
 
 /// resolv.conf for this server.
 pub const RESOLV: &str = "nameserver 127.0.0.1\n";

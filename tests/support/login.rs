@@ -1,16 +1,12 @@
 //! Logins by user name and password (RFC 1929), from a chosen loopback address.
 
-use std::io::Write as _;
-use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::AtomicU16;
 
 use argon2::password_hash::PasswordHasher as _;
 use argon2::password_hash::phc::PasswordHash;
 use argon2::{Algorithm, Argon2, Params, Version};
-use tempfile::TempDir;
 
-use super::connect_from;
-use crate::support::{Server, read_exact, read_reply, request, temp_dir, write_file};
+use super::*;
 
 /// An entry of a users file: argon2id with the lowest cost, which takes microseconds.
 pub fn user_line(name: &str, passwd: &str) -> String {

@@ -12,18 +12,29 @@ pub mod realm;
 pub mod scripted;
 pub mod transcript;
 
-use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
-use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::{Duration, Instant};
+// All that most tests need, so that they import it with one line.
+pub use socket2::SockRef;
+pub use std::collections::{BTreeMap, BTreeSet, HashMap};
+pub use std::fmt::Write as _;
+pub use std::io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+pub use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+pub use std::os::fd::{AsRawFd as _, OwnedFd};
+pub use std::os::unix::fs::{PermissionsExt as _, symlink};
+pub use std::os::unix::net::{UnixListener, UnixStream};
+pub use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+pub use std::process::{Child, Command, Output, Stdio};
+pub use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+pub use std::sync::mpsc::channel;
+pub use std::sync::{Arc, Mutex, OnceLock, mpsc};
+pub use std::time::{Duration, Instant};
+pub use std::{fs, thread};
+pub use tempfile::TempDir;
 
 pub use connections::*;
-pub use scripted::run;
-
-use scripted::RunningProgram;
+pub use login::*;
+pub use programs::*;
+pub use scripted::*;
 
 /// Time limit for operations that should complete immediately.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
@@ -117,12 +128,12 @@ impl Server {
 
     /// Number of open descriptors of the server.
     pub fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server runs").count()
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server runs").count()
     }
 
     /// CPU time that the server has used, in seconds.
     pub fn cpu_seconds(&self) -> f64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the server runs");
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the server runs");
         let fields: Vec<&str> =
             stat.rsplit_once(')').expect("a process name in parentheses").1.split_whitespace().collect();
         // utime and stime, fields 14 and 15 of proc(5), in ticks of 10 ms.
@@ -206,7 +217,7 @@ pub fn echo_server_at(ip: IpAddr) -> SocketAddr {
     tcp_server(ip, |mut stream| {
         let mut other = stream.try_clone().expect("cloned");
         let _ = io::copy(&mut stream, &mut other);
-        let _ = other.shutdown(std::net::Shutdown::Write);
+        let _ = other.shutdown(Shutdown::Write);
     })
 }
 
@@ -259,7 +270,7 @@ pub fn closed_port() -> SocketAddr {
 pub fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             result => return result,
         }
     }
@@ -350,7 +361,7 @@ pub fn record_skip(why: &str) {
     let test = thread::current().name().unwrap_or_default().to_owned();
     let crate_name = std::env::current_exe().ok().and_then(|path| Some(path.file_stem()?.to_str()?.to_owned()));
     let line = format!("{}::{test}: {why}\n", crate_name.unwrap_or_default());
-    let file = std::fs::OpenOptions::new().create(true).append(true).open(skipped_tests_file());
+    let file = fs::OpenOptions::new().create(true).append(true).open(skipped_tests_file());
     file.and_then(|mut file| file.write_all(line.as_bytes())).expect("the skipped test is recorded");
 }
 
@@ -358,6 +369,25 @@ pub fn record_skip(why: &str) {
 pub fn skipped_tests_file() -> PathBuf {
     let run = std::env::var("S5_TEST_RUN").unwrap_or_else(|_| std::os::unix::process::parent_id().to_string());
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("skipped-{run}"))
+}
+
+/// Runs the rest of the calling test in a new network namespace without routes, with these files as /etc/hosts and
+/// /etc/resolv.conf.
+#[allow(unused_macros, reason = "as above")]
+macro_rules! enter_namespace {
+    ($hosts:expr, $resolv:expr) => {
+        fn here() {}
+        if !$crate::support::in_namespace($crate::support::test_name(here), $hosts, $resolv) {
+            return;
+        }
+    };
+}
+pub(crate) use enter_namespace;
+
+/// Returns the name of the test that a function is nested in.
+pub fn test_name(nested: impl Fn()) -> &'static str {
+    let path = std::any::type_name_of_val(&nested).trim_end_matches("::here");
+    path.split_once("::").expect("the name of the crate").1
 }
 
 /// Runs the calling test again in a new network namespace without routes, with these files as /etc/hosts and
@@ -372,7 +402,7 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
     let dir = tempfile::tempdir().expect("temporary directory");
     let file = |name: &str, text: &str| -> PathBuf {
         let path = dir.path().join(name);
-        std::fs::write(&path, text).expect("file written");
+        fs::write(&path, text).expect("file written");
         path
     };
     let (hosts, resolv) = (file("hosts", hosts), file("resolv.conf", resolv));
@@ -394,13 +424,13 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
 }
 
 /// Creates a temporary directory, which is deleted when dropped.
-pub fn temp_dir() -> tempfile::TempDir {
+pub fn temp_dir() -> TempDir {
     tempfile::tempdir().expect("temporary directory")
 }
 
 /// Writes a file and returns its path.
 pub fn write_file(dir: &Path, name: &str, text: &str) -> String {
     let path = dir.join(name);
-    std::fs::write(&path, text).expect("file written");
+    fs::write(&path, text).expect("file written");
     path.to_str().expect("UTF-8 path").to_owned()
 }

@@ -1,18 +1,11 @@
 //! Other programs: run them, keep servers in the background, and check how programs and sessions end.
 
 use std::fs::File;
-use std::net::{SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
-use tempfile::TempDir;
 
-use crate::support::scripted::text;
-use crate::support::{Server, closed_port, is_installed, run, session_lines, temp_dir, wait_until, write_file};
+use super::*;
 
 /// Time limit of a program that transfers much data, on a loaded machine.
 pub const LONG_TIMEOUT: Duration = Duration::from_secs(60);
@@ -31,7 +24,7 @@ pub fn has_python_module(name: &str, package: &str) -> bool {
     }
     let imported = Command::new(PYTHON).args(["-c", &format!("import {name}")]).output().expect("Python runs");
     if !imported.status.success() {
-        crate::support::skip(&format!("{package} is not installed"));
+        skip(&format!("{package} is not installed"));
     }
     imported.status.success()
 }
@@ -140,7 +133,7 @@ impl OtherServer {
     }
 
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
     /// Waits until the log contains `what`.

@@ -1,15 +1,9 @@
 //! A temporary Kerberos realm on 127.0.0.1: an MIT KDC as a child process, with principals, keys and tickets in a
 //! temporary directory. Several realms can run at once.
 
-use std::net::{SocketAddr, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-
 use socket2::{Domain, Socket, Type};
-use tempfile::TempDir;
 
-use super::V4;
-use crate::support::{TIMEOUT, is_installed, run, wait_until};
+use super::*;
 
 pub const REALM: &str = "S5.TEST";
 /// The password of alice.
@@ -61,7 +55,7 @@ impl Realm {
                 return realm;
             }
         }
-        panic!("the KDC did not start:\n{}", std::fs::read_to_string(dir.path().join("log")).unwrap_or_default());
+        panic!("the KDC did not start:\n{}", fs::read_to_string(dir.path().join("log")).unwrap_or_default());
     }
 
     /// Path of a file in the realm's directory. The file need not exist.
@@ -223,7 +217,7 @@ fn write_config(dir: &Path, port: u16, enctype: &str) {
         dir = dir.display()
     );
     for (name, text) in [("krb5.conf", &*krb5), ("kdc.conf", &*kdc), ("kadm5.acl", "")] {
-        std::fs::write(dir.join(name), text).expect("file written");
+        fs::write(dir.join(name), text).expect("file written");
     }
 }
 

@@ -1,17 +1,14 @@
 //! The proxy's side of a transcript: [`Player`] plays its steps, even ones that violate the protocol; [`ScriptedServer`]
 //! does so on its own thread. Also: programs that run in the background of a test.
 
-use std::io::{self, Read, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread;
-use std::time::Duration;
+use std::io::Read;
+use std::process::{ChildStdin, ExitStatus};
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Condvar, PoisonError};
 
-use crate::support::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until};
-use crate::support::transcript::{Endpoint, Item, Step, script};
-use crate::support::{TIMEOUT, reset, retry, wait_until};
+use super::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until};
+use super::transcript::{Endpoint, Item, Step, script};
+use super::*;
 
 /// Accepts a greeting without authentication and a request.
 pub const NO_AUTH: &str = "> {greeting}; < 05 00; > {request};";

@@ -1,8 +1,6 @@
 //! Parses transcripts. `tests/wire/transcripts.rs` describes the format.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::Path;
-use std::time::Duration;
+use super::*;
 
 /// One word of a line of bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,7 +91,7 @@ impl Transcript {
     /// Parses a file: one transcript, or one for each row of its table. Errors name the line.
     pub fn read(path: &Path) -> Result<Vec<Self>, String> {
         let file = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let text = std::fs::read_to_string(path).map_err(|error| format!("{file}: {error}"))?;
+        let text = fs::read_to_string(path).map_err(|error| format!("{file}: {error}"))?;
         let lines: Vec<(usize, &str)> = (1..).zip(text.lines()).collect();
         let (table, lines): (Vec<_>, Vec<_>) = lines.into_iter().partition(|(_, line)| line.starts_with("| "));
         if table.is_empty() {

@@ -1,11 +1,8 @@
 //! Plays the proxy's side of a transcript against one of the s5 clients.
 
-use std::net::{Ipv4Addr, SocketAddr};
-
 use crate::support::bytes::{LIMIT, hex};
-use crate::support::s5;
-use crate::support::scripted::{Player, RunningProgram};
 use crate::support::transcript::{Role, Transcript};
+use crate::*;
 
 /// Plays a transcript, with one write per line or per byte. Errors name the file and line.
 pub fn play(transcript: &Transcript, byte_by_byte: bool) -> Result<(), String> {

@@ -1,14 +1,9 @@
 //! Targets for the transcripts, and the addresses of their placeholders.
 
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
-use std::sync::OnceLock;
-use std::thread;
-
 use socket2::{Domain, Socket, Type};
 
 use crate::support::bytes::encode_addr;
-use crate::support::{tcp_server, udp_echo_server};
+use crate::*;
 
 /// Targets that all transcripts share. They run until the tests end.
 pub struct Fixtures {

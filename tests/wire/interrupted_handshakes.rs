@@ -1,17 +1,11 @@
 //! Handshakes that the client interrupts after each byte by FIN, RST or silence. The server releases all descriptors
 //! and ports.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
-
-use socket2::SockRef;
-
 use super::fixtures::fixtures;
 use super::server_role::start;
 use crate::support::bytes::{LIMIT, encode_addr, wait_port_free};
 use crate::support::transcript::User;
-use crate::support::{Server, open, read_exact, retry, temp_dir, wait_until};
+use crate::*;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Interruption {

@@ -1,10 +1,9 @@
 //! The addresses of a name, without sockets and with a clock of the test.
 
-use std::net::SocketAddr;
-use std::time::{Duration, Instant};
-
 use proptest::prelude::*;
 use s5::name_addrs::{ANSWER_TIMEOUT, LOOKUP_INTERVAL, MAX_ADDRS, NameAddrs};
+
+use crate::*;
 
 /// The port of all datagrams but those of one test.
 const PORT: u16 = 53;

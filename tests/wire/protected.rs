@@ -2,9 +2,6 @@
 //! tests/kerberos tests them with a Kerberos library.
 
 use std::cell::Cell;
-use std::io::ErrorKind;
-use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use futures_lite::future::{or, zip};
 use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
@@ -13,6 +10,8 @@ use proptest::prelude::*;
 use s5::conn::{Conn, Protection, SecurityContext, TokenOrder, Unwrapped};
 use s5::net::{ByteCounts, Io, RelayOptions, reactor, relay, sleep};
 use s5::proto::{Addr, Command, Frame, Message as _, ProtectionLevel, Request};
+
+use crate::*;
 
 /// A security context whose tokens are a flag byte, a number byte and the data. Flag 1 means encrypted, which inverts
 /// the data.

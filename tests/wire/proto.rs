@@ -2,7 +2,6 @@
 //! and random bytes. No test opens a socket.
 
 use std::fmt::Debug;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -11,6 +10,8 @@ use s5::proto::{
     Addr, Command, Credentials, Datagram, DecodeError, Frame, Greeting, Host, HostName, LoginStatus, Message, Method,
     MethodSelection, OtherProtocol, ProtocolError, Rep, Reply, Request,
 };
+
+use crate::*;
 
 fn config() -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }

@@ -1,14 +1,13 @@
 //! Fragmentation and reassembly of datagrams (RFC 1928 section 7) with a simulated clock: single cases, and random
 //! datagrams compared with a reference model.
 
-use std::net::SocketAddr;
-use std::time::{Duration, Instant};
-
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use s5::proto::{Addr, Datagram, Host, HostName, MAX_UDP6_PAYLOAD};
 use s5::reassembly::{REASSEMBLY_TIMEOUT, Reassembler, fragment};
+
+use crate::*;
 
 /// Bit of FRAG that marks the last fragment.
 const LAST: u8 = 0x80;

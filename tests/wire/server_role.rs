@@ -1,23 +1,17 @@
 //! Plays the client's side of a transcript against `s5 serve`.
 
-use std::collections::HashMap;
 use std::error::Error;
 use std::fmt::Display;
-use std::io::{self, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
-use std::path::Path;
-use std::sync::atomic::{AtomicU16, Ordering};
-use std::thread;
-use std::time::Duration;
+use std::sync::atomic::AtomicU16;
 
 use argon2::password_hash::PasswordHasher as _;
 use argon2::{Algorithm, Argon2, Params, Version};
-use socket2::{SockRef, Socket};
+use socket2::Socket;
 
 use super::fixtures::{addr_of, bound, fixtures};
 use crate::support::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until, wait_port_free};
 use crate::support::transcript::{Endpoint, Step, Transcript, User};
-use crate::support::{Server, retry, s5, write_file};
+use crate::*;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 

@@ -39,14 +39,10 @@
 //!
 //! After the last line the test closes its side. Bytes from s5 that the transcript does not mention are an error.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::sync::Mutex;
-
 use crate::server_role::{Chunking, Servers};
+use crate::support;
 use crate::support::transcript::{Role, Transcript};
-use crate::support::{Server, TIMEOUT, echo_server, in_namespace, run, s5};
-use crate::{client_role, server_role, support};
+use crate::*;
 
 #[test]
 fn transcripts_are_distinct_and_cover_every_requirement() {
@@ -140,9 +136,7 @@ fn clients_match_transcripts_when_proxy_sends_byte_by_byte() {
 
 #[test]
 fn server_and_clients_default_to_port_1080() {
-    if !in_namespace("transcripts::server_and_clients_default_to_port_1080", "127.0.0.1 localhost\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", "");
     let server = Server::start_with(s5().arg("serve"), 1);
     assert_eq!(server.addr().to_string(), "127.0.0.1:1080");
     let echo = echo_server().to_string();

@@ -1,12 +1,9 @@
 //! Addresses that the server cannot listen on, and its output. tests/server/lifecycle/listen.rs has those that it can.
 
-use std::net::TcpListener;
 use std::os::unix::fs::FileTypeExt as _;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 
-use crate::support::{TIMEOUT, serve, temp_dir, wait_until};
-use crate::{assert_line, start};
+use crate::support::serve;
+use crate::*;
 
 fn is_socket(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())

@@ -1,16 +1,8 @@
 //! The help, the manual page and the completions are valid and complete.
 
-use std::collections::BTreeSet;
-use std::fs;
-use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
-
 use s5::cmd::ExitStatus;
 
-use crate::support::scripted::text;
-use crate::support::{is_installed, run, temp_dir, write_file};
-use crate::{assert_line, outcome};
+use crate::*;
 
 /// Time limit for a shell, man or groff: they read many files at their start.
 const PROGRAM_TIMEOUT: Duration = Duration::from_secs(30);

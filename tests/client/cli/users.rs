@@ -1,17 +1,11 @@
 //! The users file: errors in the file, --add-user and --remove-user.
 
-use std::fs;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
-use std::path::Path;
-use std::process::{Command, Output};
-use std::time::Duration;
+use std::os::unix::fs::{MetadataExt as _, chown};
 
 use s5::policy::users::{HashMemory, Users};
 
-use crate::assert_line;
 use crate::prompts::{on_a_terminal, type_at_prompt};
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{Server, echo_server, is_installed, run, s5, temp_dir, write_file};
+use crate::*;
 
 /// Time limit for hashing, which is slow in an unoptimised build.
 const HASH_TIMEOUT: Duration = Duration::from_secs(60);

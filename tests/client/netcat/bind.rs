@@ -1,16 +1,7 @@
 //! `s5 bind` in scripts: --address-file, -z, and a program that serves the peer.
 
-use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::Path;
-use std::process::{Command, Stdio};
-
 use crate::bind::bound_address;
-use crate::support::scripted::{RunningProgram, ScriptedServer, reply, text};
-use crate::support::{Server, TIMEOUT, is_installed, run, temp_dir, wait_until};
-use crate::{command, outcome, outcome_of, serve, start};
+use crate::*;
 
 /// Waits until a file exists, and returns the address in it.
 fn read_address(path: &Path) -> SocketAddr {

@@ -1,13 +1,6 @@
 //! Establishing a tunnel: -z, retries, source addresses and local name resolution. Also: invalid options.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
-
-use crate::support::scripted::{NO_AUTH, SUCCESS, ScriptedServer, reply};
-use crate::support::{Server, V4, closed_port, echo_server, in_namespace, listener, tcp_server};
-use crate::{TARGET, assert_line, command, failure, outcome, outcome_of, serve, success};
+use crate::*;
 
 #[test]
 fn z_prints_nothing_without_v_and_exits_with_the_result() {
@@ -139,9 +132,7 @@ fn ipv4_and_ipv6_options_restrict_the_family() {
 fn resolve_local_tries_all_addresses_of_the_target() {
     let hosts = "127.0.0.1 localhost\n127.0.0.2 pair.test\n127.0.0.3 pair.test\n";
     let resolv = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
-    if !in_namespace("netcat::connect::resolve_local_tries_all_addresses_of_the_target", hosts, resolv) {
-        return;
-    }
+    enter_namespace!(hosts, resolv);
     let proxy = ScriptedServer::start(&format!("{NO_AUTH} {SUCCESS}"));
     assert_eq!(outcome(&format!("connect -z -R local -x {} localhost:80", proxy.addr), b""), success(""));
     assert_eq!(proxy.messages()[1], [5, 1, 0, 1, 127, 0, 0, 1, 0, 80]);

@@ -1,19 +1,9 @@
 //! `s5 connect -l` and `s5 udp -l`: local ports forwarded through the proxy.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
-use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::sleep;
-use std::time::Duration;
 
-use crate::support::scripted::{RunningProgram, ScriptedServer};
-use crate::support::{
-    StreamEnd, TIMEOUT, V4, closed_port, echo_server, ping, reset, retry, session_lines, stream_end, tcp_server,
-    udp_echo_server, wait_until,
-};
 use crate::udp::{associating_proxy, datagram, receive, socket};
-use crate::{TARGET, assert_line, serve, start};
+use crate::*;
 
 /// The address that a client with -l listens on.
 fn listening_address(client: &RunningProgram) -> SocketAddr {

@@ -1,25 +1,15 @@
 //! The end of the remote stream: stdin is read to its end, and a peer that is gone is noticed.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::process::Command;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, Sender};
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
-use socket2::{SockRef, Socket};
+use socket2::Socket;
 
 use crate::bind::bound_address;
 use crate::netcat::forward::start_forward;
-use crate::support::scripted::RunningProgram;
-use crate::support::{
-    Server, StreamEnd, TIMEOUT, V4, V6, in_namespace, is_installed, reset, run_all, serve, session_lines, stream_end,
-    tcp_server, temp_dir, wait_until, write_file,
-};
-use crate::{command, start};
+use crate::support::serve;
+use crate::*;
 
 /// Time after which a peer that has ended its stream and is gone must be noticed.
 const MAX_LIMIT: Duration = Duration::from_secs(75);
@@ -224,13 +214,7 @@ fn keepalive_is_short_after_the_end_of_a_stream_at_client_server_and_forward() {
 /// Takes 7 s: the kernel must forget the closed connection, and then a probe is due 5 s after the end of the stream.
 #[test]
 fn client_exits_when_the_target_has_closed_completely() {
-    if !in_namespace(
-        "netcat::remote_end::client_exits_when_the_target_has_closed_completely",
-        "127.0.0.1 localhost\n",
-        "",
-    ) {
-        return;
-    }
+    enter_namespace!("127.0.0.1 localhost\n", "");
     std::fs::write("/proc/sys/net/ipv4/tcp_fin_timeout", "1").expect("a namespace of this test");
     let server = Server::start(&["-v"]);
     let target = tcp_server(V4, |mut stream| drop(stream.write_all(b"one")));

@@ -1,15 +1,6 @@
 //! The JSON object that --json prints, parsed by Python.
 
-use std::io::Write as _;
-use std::net::TcpStream;
-use std::process::Command;
-
-use crate::support::scripted::{ScriptedServer, reply};
-use crate::support::{
-    Server, TIMEOUT, V4, closed_port, echo_server, is_installed, listener, ping, tcp_server, temp_dir, udp_echo_server,
-    wait_until,
-};
-use crate::{TARGET, assert_line, outcome, outcome_of, serve, start};
+use crate::*;
 
 /// Evaluates a Python expression on `o`, the object in the last line of stderr.
 fn eval_json(stderr: &str, expression: &str) -> String {

@@ -1,18 +1,9 @@
 //! A tunnel connected to stdin and stdout, to one of them, or to a program; and when the client exits.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::Receiver;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
 
-use crate::support::login::users_file;
-use crate::support::scripted::text;
-use crate::support::{Server, TIMEOUT, V4, echo_server, is_installed, tcp_server, wait_until};
-use crate::{Outcome, command, outcome, outcome_of, serve, start, success};
+use crate::*;
 
 /// Starts a target that reads to the end, reports the data to the test, and sends `answer`.
 fn collecting_target(answer: &'static [u8]) -> (SocketAddr, Receiver<Vec<u8>>) {

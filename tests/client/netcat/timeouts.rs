@@ -1,14 +1,8 @@
 //! Time limits: -w, --connect-timeout, -i and -m in every mode. --linger is tested in `remote_end.rs`.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
-
 use crate::bind::bound_address;
 use crate::netcat::forward::start_forward;
-use crate::support::scripted::{RunningProgram, ScriptedServer};
-use crate::support::{TIMEOUT, V4, closed_port, run_all, tcp_server, udp_echo_server};
-use crate::{TARGET, command, outcome, serve, start, success};
+use crate::*;
 
 /// A target that answers a line, and is silent then.
 fn silent_target() -> SocketAddr {

@@ -1,11 +1,7 @@
 //! `s5 udp`: framings, counts of answers, dropped answers, and use without a proxy.
 
-use std::process::Command;
-use std::time::{Duration, Instant};
-
-use crate::support::{TIMEOUT, V4, V6, run, udp_echo_server};
 use crate::udp::{associating_proxy, datagram, receive, socket};
-use crate::{command, failure, outcome, outcome_of, serve, start, success};
+use crate::*;
 
 #[test]
 fn udp_framings_round_trip() {

@@ -1,12 +1,6 @@
 //! DNS over UDP through a proxy. unbound answers for a few names and forwards no queries.
 
-use std::net::SocketAddr;
-use std::process::Command;
-
-use crate::exit_code;
-use crate::support::programs::{OtherServer, has_all, stdout};
-use crate::support::scripted::text;
-use crate::support::{Server, TIMEOUT, run, s5, write_file};
+use crate::*;
 
 const UNBOUND: &str = "/usr/sbin/unbound";
 

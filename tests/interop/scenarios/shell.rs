@@ -1,15 +1,7 @@
 //! git, rsync and ssh through proxies that require passwords. The passwords are in a file.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::process::Command;
-
-use crate::exit_code;
 use crate::ssh::{Sshd, git, repository, s5_as_proxy_command};
-use crate::support::login::users_file;
-use crate::support::programs::{LONG_TIMEOUT, assert_fails_with, stdout, wait_session};
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{Server, TIMEOUT, bytes, closed_port, echo_server, is_installed, run, s5, temp_dir, write_file};
+use crate::*;
 
 #[test]
 fn git_clones_and_pushes_over_ssh_through_two_proxies_with_passwords_from_file() {

@@ -1,15 +1,14 @@
 //! Tests that run with the environment of a realm.
 
 use std::fmt::Debug;
-use std::path::Path;
-use std::sync::Arc;
-use std::thread;
 
 use s5::conn::{SecurityContext as _, TokenOrder, Unwrapped};
 use s5::gssapi::ffi::{
     AcceptedContext, Credential, GSS_C_CONF_FLAG, GSS_C_INTEG_FLAG, GSS_C_MUTUAL_FLAG, GSS_C_REPLAY_FLAG,
     GSS_C_SEQUENCE_FLAG, GssContext, PendingContext,
 };
+
+use crate::*;
 
 const ALL_FLAGS: u32 = GSS_C_SEQUENCE_FLAG | GSS_C_CONF_FLAG;
 const RCMD: &str = "rcmd@localhost";

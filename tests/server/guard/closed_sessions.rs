@@ -1,22 +1,13 @@
 //! Sessions that a reload closes: tunnels are reset on both sides, busy or idle. Allowed sessions are not disturbed.
 
-use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
 use super::tools::{
     ALICE, BOB, Login, Setup, addr, assert_accepts_peer, assert_no_datagram, associate, bind, ip, is_closed, log_in,
     only_bob, open_ok, send_request, try_log_in, tunnel, udp_target,
 };
-use crate::support::login::unused_client_ip;
-use crate::support::{
-    CONNECT, Server, TIMEOUT, V4, accept, assert_no_data, connect_from, echo_server, in_namespace, listener, ping,
-    read_exact, read_reply, retry, udp_echo_server, wait_until,
-};
 use crate::udp::association::{Association, datagram};
+use crate::*;
 
 /// Time limit for closing a session on both sides.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -225,9 +216,7 @@ fn keep_sessions_keeps_denied_sessions() {
 #[test]
 fn recheck_uses_connected_address_of_tunnel() {
     let hosts = "127.0.0.1 one.test\n127.0.0.3 three.test\n";
-    if !in_namespace("guard::closed_sessions::recheck_uses_connected_address_of_tunnel", hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     let setup = Setup::new(&[]);
     let targets = ["127.0.0.1", "127.0.0.3"].map(|at| listener(ip(at)));
     let port = |n: usize| targets[n].1.port();

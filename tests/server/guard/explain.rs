@@ -1,9 +1,7 @@
 //! --explain with lines of the log, of the server and of its earlier versions.
 
-use std::process::Output;
-
 use super::tools::{addr, alice_and_bob};
-use crate::support::{CONNECT, Server, TIMEOUT, open, run, s5, temp_dir, write_file};
+use crate::*;
 
 /// Log lines, each with the request that `--explain` prints for it.
 const LOG_LINES: [(&str, &str); 9] = [

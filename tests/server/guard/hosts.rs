@@ -7,13 +7,9 @@
 //! | clients | 10.9.0.2, 10.9.0.3; fd09::2, fd09::3 |
 //! | targets | 10.9.1.2, 10.9.1.3; fd09:1::2; 169.254.169.254, and 224.0.0.251 (multicast group) |
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
-use std::process::{Child, Command, Stdio};
-
 use super::tools::{addr, assert_no_connection, assert_no_datagram, associate, ip, log_in, send_request, udp_target};
-use crate::support::{BIND, CONNECT, Server, TIMEOUT, in_namespace, read_exact};
 use crate::udp::association::{Association, datagram, receive, socket};
+use crate::*;
 
 const CLIENT: &str = "10.9.0.2";
 const OTHER_CLIENT: &str = "10.9.0.3";
@@ -93,9 +89,7 @@ fn associate_from(client: &str) -> Association {
 
 #[test]
 fn remote_client_reaches_other_hosts_but_not_server_or_link() {
-    if !in_namespace("guard::hosts::remote_client_reaches_other_hosts_but_not_server_or_link", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let host = Host::new();
     // A second server on loopback of the server's host logs every client that reaches it.
     let inner = host.s5("127.0.0.1:7000", 2, &["--listen", "[::1]:7000"]);
@@ -170,9 +164,7 @@ fn member(port: u16) -> UdpSocket {
 
 #[test]
 fn datagrams_reach_only_allowed_targets() {
-    if !in_namespace("guard::hosts::datagrams_reach_only_allowed_targets", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let host = Host::new();
     let [(target, target_addr), (denied, denied_addr), (metadata, metadata_addr)] =
         [TARGET, OTHER_TARGET, METADATA].map(udp_target);
@@ -213,9 +205,7 @@ fn datagrams_reach_only_allowed_targets() {
 
 #[test]
 fn udp_relay_accepts_one_port_of_its_client_only() {
-    if !in_namespace("guard::hosts::udp_relay_accepts_one_port_of_its_client_only", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let host = Host::new();
     let _server = host.serve(&[]);
     let hosts = [

@@ -1,12 +1,7 @@
 //! A block list of 200 000 names: memory, time to load, and time of sessions and datagrams.
 
-use std::fmt::Write as _;
-use std::time::{Duration, Instant};
-
-use crate::support::{
-    CONNECT, Server, V4, echo_server, in_namespace, open_by_name, temp_dir, udp_echo_server, wait_until, write_file,
-};
 use crate::udp::association::{Association, datagram_name, receive};
+use crate::*;
 
 const NAMES: usize = 200_000;
 /// An unoptimised build needs about 20 times as long as a release build.
@@ -45,9 +40,7 @@ fn fastest(mut job: impl FnMut()) -> Duration {
 
 #[test]
 fn two_hundred_thousand_names_cost_little() {
-    if !in_namespace("guard::long_lists::two_hundred_thousand_names_cost_little", "127.0.0.1 one.test\n", "") {
-        return;
-    }
+    enter_namespace!("127.0.0.1 one.test\n", "");
     let (tcp, udp) = (echo_server(), udp_echo_server(V4));
     let dir = temp_dir();
     let file = write_file(dir.path(), "rules", &rules(10));

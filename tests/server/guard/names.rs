@@ -1,19 +1,12 @@
 //! Rules and name resolution, in a network namespace with a scripted resolver.
 
-use std::io::Write as _;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
-
 use super::tools::{
     addr, assert_accepts_peer, assert_no_connection, assert_no_datagram, associate_anonymously, bind, is_closed,
     open_as, rep, udp_target,
 };
-use crate::support::dns::{self, Answer};
-use crate::support::{
-    BIND, CONNECT, Server, TIMEOUT, connect_from, echo_server, in_namespace, open, raise_fd_limit, read_exact,
-    read_reply, request_by_name, timed, wait_until,
-};
+use crate::support::dns::Answer;
 use crate::udp::association::{datagram_name, receive};
+use crate::*;
 
 const GOOD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const BAD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
@@ -32,9 +25,7 @@ fn port_of(listener: &TcpListener) -> u16 {
 
 #[test]
 fn denied_name_is_never_resolved() {
-    if !in_namespace("guard::names::denied_name_is_never_resolved", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let queries = dns::start();
     let (target, addr) = udp_target("127.0.0.1");
     let port = addr.port();
@@ -64,9 +55,7 @@ fn denied_name_is_never_resolved() {
 
 #[test]
 fn changing_dns_answers_never_reach_denied_address() {
-    if !in_namespace("guard::names::changing_dns_answers_never_reach_denied_address", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     // Answers alternate. A server that checks one answer and connects to the next would reach the bad address.
     dns::start_with(|name, nth| {
         let bad_first = name.starts_with("bad-first");
@@ -112,9 +101,7 @@ fn changing_dns_answers_never_reach_denied_address() {
 
 #[test]
 fn denied_addresses_of_a_name_are_skipped() {
-    if !in_namespace("guard::names::denied_addresses_of_a_name_are_skipped", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let both = [[BAD, GOOD], [GOOD, BAD]];
     dns::start_with(move |name, nth| match name {
         "bad.test" => Answer::addrs([BAD]),
@@ -169,13 +156,7 @@ fn thousand_pending_lookups_do_not_delay_other_requests() {
     const LOOKUP_TIMEOUT: Duration = Duration::from_secs(3);
     const MAX_REQUEST_TIME: Duration = Duration::from_millis(50);
     // The timeout of the system resolver is longer than that of the server.
-    if !in_namespace(
-        "guard::names::thousand_pending_lookups_do_not_delay_other_requests",
-        "",
-        &format!("{}options timeout:4 attempts:1\n", dns::RESOLV),
-    ) {
-        return;
-    }
+    enter_namespace!("", &format!("{}options timeout:4 attempts:1\n", dns::RESOLV));
     assert!(raise_fd_limit(4 * LOOKUPS as u64), "descriptors for {LOOKUPS} sessions");
     dns::start();
     let server = Server::start(&["--connect-timeout", "3"]);

@@ -1,10 +1,6 @@
 //! Reload by SIGHUP: the files are read again, the new policy applies to sessions, and an error keeps the old policy.
 
-use std::net::SocketAddr;
-use std::os::unix::fs::{PermissionsExt, symlink};
-use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::os::unix::fs::PermissionsExt;
 
 use rustix::process::geteuid;
 
@@ -12,12 +8,8 @@ use super::tools::{
     ALICE, BOB, Login, Setup, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, only_alice,
     only_bob, open_ok, send_request, try_log_in, udp_target,
 };
-use crate::support::login::{unused_client_ip, user_line};
-use crate::support::{
-    CONNECT, Server, TIMEOUT, V4, connect_from, echo_server, in_namespace, is_installed, ping, s5, serve, tcp_server,
-    temp_dir, write_file,
-};
 use crate::udp::association::receive;
+use crate::*;
 
 const EVE: Login<'_> = Some(("eve", "secret"));
 
@@ -225,9 +217,7 @@ fn reload_applies_files_as_they_are() {
 
 #[test]
 fn reload_never_opens_relay() {
-    if !in_namespace("guard::reload::reload_never_opens_relay", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let (dir, dst) = (temp_dir(), target());
     let rules = write_file(dir.path(), "rules", "allow from=127.0.0.2\n");
     let server = serve("*:0", 2, &["--rules", &rules]);

@@ -1,20 +1,12 @@
 //! A reload at each step of a session. Unchanged files have no effect; a denial by new files applies as if they had been
 //! loaded from the start.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
-use std::sync::mpsc;
-use std::time::Duration;
-
 use super::tools::{
     ALICE, Setup, assert_no_connection, assert_no_datagram, associate, log_in, only_bob, request_for, udp_target,
 };
-use crate::support::dns::{self, Answer};
-use crate::support::login::{connect_from_ip, login_message, unused_client_ip};
-use crate::support::{
-    CONNECT, FullBacklog, V4, accept, assert_no_data, in_namespace, listener, read_exact, read_reply,
-};
+use crate::support::dns::Answer;
 use crate::udp::association::{datagram_name, receive};
+use crate::*;
 
 /// A step of the client.
 #[derive(Clone)]
@@ -136,9 +128,7 @@ fn start_blocked_resolver() -> (dns::Queries, mpsc::Sender<()>) {
 
 #[test]
 fn reload_applies_to_connect_while_resolving() {
-    if !in_namespace("guard::reload_steps::reload_applies_to_connect_while_resolving", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let (_queries, release) = start_blocked_resolver();
     let cases = CHANGES.map(|change| {
         let setup = Setup::new(&[]);
@@ -159,9 +149,7 @@ fn reload_applies_to_connect_while_resolving() {
 
 #[test]
 fn reload_applies_to_datagrams_while_resolving() {
-    if !in_namespace("guard::reload_steps::reload_applies_to_datagrams_while_resolving", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let (_queries, release) = start_blocked_resolver();
     let setup = Setup::new(&[]);
     let [(good, good_addr), (bad, bad_addr), (other, other_addr)] = [(); 3].map(|()| udp_target("127.0.0.1"));

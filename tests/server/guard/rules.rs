@@ -1,19 +1,12 @@
 //! Rules in a running server, at each time of evaluation: accept, request, resolved name, peer of BIND, datagrams each
 //! way. tests/policy tests the rules themselves.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::net::UnixStream;
-
 use super::tools::{
     ALICE, BOB, addr, alice_and_bob, assert_accepts_peer, assert_no_datagram, associate, associate_anonymously, bind,
     ip, is_closed, log_in, open_ok, rep, send_request, udp_target,
 };
-use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, UDP_ASSOCIATE, V4, closed_port, connect_from, in_namespace, read_exact, serve,
-    stream_end, tcp_server, temp_dir, write_file,
-};
 use crate::udp::association::{datagram, datagram_name, receive};
+use crate::*;
 
 const HOSTS: &str = "127.0.0.1 localhost a.test sub.a.test xa.test b.test\n127.0.0.3 three.test\n";
 
@@ -83,9 +76,7 @@ const TABLE: [(&str, &[&str]); 7] = [
 
 #[test]
 fn rules_apply_to_the_request_of_each_command() {
-    if !in_namespace("guard::rules::rules_apply_to_the_request_of_each_command", HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", alice_and_bob());
     let [p, q] = [(); 2].map(|()| tcp_server(Ipv6Addr::UNSPECIFIED.into(), drop).port().to_string());
@@ -157,9 +148,7 @@ fn unix_socket_client_counts_as_loopback() {
 #[test]
 fn bind_checks_expected_and_actual_peer() {
     // In a namespace, so that no other process uses the port.
-    if !in_namespace("guard::rules::bind_checks_expected_and_actual_peer", HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let port = closed_port().port();
     let server = Server::start(&[
         "--deny",
@@ -182,9 +171,7 @@ fn bind_checks_expected_and_actual_peer() {
 
 #[test]
 fn each_outgoing_datagram_is_checked() {
-    if !in_namespace("guard::rules::each_outgoing_datagram_is_checked", HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", alice_and_bob());
     let [(good, good_addr), (bad, bad_addr), (closed, closed_addr)] =
@@ -245,10 +232,7 @@ fn answers_come_only_from_allowed_targets() {
 
 #[test]
 fn own_listeners_are_denied_by_name_and_address_unless_a_rule_allows_them() {
-    if !in_namespace("guard::rules::own_listeners_are_denied_by_name_and_address_unless_a_rule_allows_them", HOSTS, "")
-    {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let server = serve("127.0.0.1:0", 2, &["--listen", "127.0.0.2:0"]);
     let first = server.addr().port();
     for dst in ["0.0.0.0", "localhost", "LOCALHOST.", "127.0.0.1."] {

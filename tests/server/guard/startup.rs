@@ -1,9 +1,8 @@
 //! Before the server starts: --show-rules, --explain, errors in rules, and the refusal to be an open relay.
 
-use std::process::{Command, Output};
-
 use super::tools::{Setup, alice_and_bob, only_alice};
-use crate::support::{self, TIMEOUT, dns, in_namespace, run, s5, temp_dir, write_file};
+use crate::support::{self};
+use crate::*;
 
 /// Runs `s5 serve` with options that make it exit without serving.
 fn serve(args: &[&str]) -> Output {
@@ -52,9 +51,7 @@ fn show_rules_prints_order_and_origin() {
 #[test]
 fn explain_names_deciding_rule() {
     let hosts = "127.0.0.2 pair.test\n127.0.0.3 pair.test\n127.0.0.3 bad.test\n";
-    if !in_namespace("guard::startup::explain_names_deciding_rule", hosts, dns::RESOLV) {
-        return;
-    }
+    enter_namespace!(hosts, dns::RESOLV);
     let queries = dns::start();
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", alice_and_bob());
@@ -239,9 +236,7 @@ fn reload_warns_about_users_that_cannot_log_in() {
 
 #[test]
 fn open_relay_requires_its_option() {
-    if !in_namespace("guard::startup::open_relay_requires_its_option", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", alice_and_bob());
     let deny = write_file(dir.path(), "deny", "deny from=10.0.0.0/8\n");

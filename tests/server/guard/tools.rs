@@ -1,17 +1,7 @@
 //! Helpers: sessions of any user from any loopback address, and checks that no traffic has arrived.
 
-use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::OnceLock;
-
-use tempfile::TempDir;
-
-use crate::support::login::{select_password, send_login, user_line};
-use crate::support::{
-    BIND, CONNECT, Server, UDP_ASSOCIATE, V4, accept, connect_from, listener, read_exact, read_reply, request,
-    request_by_name, retry, temp_dir, write_file,
-};
 use crate::udp::association::{Association, socket};
+use crate::*;
 
 /// Name and password; `None` for a server without users.
 pub type Login<'a> = Option<(&'a str, &'a str)>;

@@ -1,20 +1,11 @@
 //! Upstream proxies of UDP associations: opened when needed, failing, closed, changed by a reload; and clients that leave
 //! while a proxy is silent.
 
-use std::io::Write as _;
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::Duration;
-
 use super::tools::{
     Setup, addr, assert_no_datagram, associate, associate_anonymously, log_in, request_for, udp_target,
 };
-use crate::support::login::user_line;
-use crate::support::{
-    BIND, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, dns, greet, idle_descriptors, in_namespace,
-    listener, request_by_name, reset, retry, serve, session_lines, steps, stream_end, tcp_server, udp_echo_server,
-    wait_until,
-};
 use crate::udp::association::{Association, datagram_name, receive};
+use crate::*;
 
 /// Starts a server that uses a hop for 127.0.0.2 and for `.onion` names.
 fn with_hop(hop: SocketAddr, more: &[&str]) -> Server {
@@ -168,9 +159,7 @@ fn client_that_leaves_while_a_hop_is_silent_is_noticed() {
 
 #[test]
 fn client_that_leaves_while_dst_of_bind_is_resolved_is_noticed() {
-    if !in_namespace("guard::udp_hops::client_that_leaves_while_dst_of_bind_is_resolved_is_noticed", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let queries = dns::start();
     let server = Server::start(&["--connect-timeout", "60"]);
     let mut control = log_in(server.addr(), V4, None);

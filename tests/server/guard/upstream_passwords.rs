@@ -1,14 +1,7 @@
 //! Users and passwords for `--via` and `--hop`: from the URL, --proxy-auth-file and the environment.
 
-use std::fs;
-use std::process::Command;
-
-use tempfile::TempDir;
-
 use super::tools::{alice_and_bob, associate_anonymously, ip, open_ok, rep};
-use crate::support::{
-    CONNECT, Server, TIMEOUT, V4, echo_server, echo_server_at, ping, run, s5, temp_dir, udp_echo_server, write_file,
-};
+use crate::*;
 
 type Variables<'a> = &'a [(&'a str, &'a str)];
 

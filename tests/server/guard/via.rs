@@ -1,20 +1,12 @@
 //! `--via`, `--hop` and `via=`: sessions go through the upstream proxies, and never bypass them.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener};
-use std::process::Command;
-
 use super::tools::{
     addr, alice_and_bob, assert_accepts_peer, assert_no_connection, assert_no_datagram, associate_anonymously, bind,
     ip, is_closed, open_as, open_ok, rep, udp_target,
 };
-use crate::support::dns::{self, Answer};
-use crate::support::login::user_line;
-use crate::support::{
-    BIND, CONNECT, Server, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, echo_server, echo_server_at, in_namespace,
-    listener, ping, read_reply, run, s5, serve, tcp_server, temp_dir, timed, udp_echo_server, wait_until, write_file,
-};
+use crate::support::dns::Answer;
 use crate::udp::association::datagram_name;
+use crate::*;
 
 /// Returns the number of logged sessions of a server that contain `what`.
 fn logged_sessions(server: &Server, what: &str) -> usize {
@@ -152,9 +144,7 @@ impl InsideHop {
 
 #[test]
 fn hop_resolves_names_unless_address_rule_precedes() {
-    if !in_namespace("guard::via::hop_resolves_names_unless_address_rule_precedes", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let inside = InsideHop::new();
     let (url, named) = (inside.hop.addr().to_string(), format!("in={}", inside.hop.addr()));
     let rows: [&[&str]; 6] = [

@@ -1,14 +1,6 @@
 //! `--max-connections`, and too few descriptors: new connections wait, the log reports it, and tunnels keep running.
 
-use std::io::Write as _;
-use std::net::TcpStream;
-use std::process::Command;
-use std::time::{Duration, Instant};
-
-use crate::support::{
-    CONNECT, Server, TIMEOUT, assert_no_data, echo_server, greet, greet_at, is_installed, open, ping, read_exact,
-    read_reply, request, s5, serve, session_lines, wait_until,
-};
+use crate::*;
 
 #[test]
 fn connection_over_the_limit_waits_until_another_one_ends() {

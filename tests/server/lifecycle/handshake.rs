@@ -1,11 +1,7 @@
 //! Clients that speak another protocol or send more than the handshake. tests/wire has interrupted handshakes and other
 //! protocols, tests/limits has slow ones.
 
-use std::io::Write as _;
-use std::thread;
-use std::time::Duration;
-
-use crate::support::{CONNECT, Server, StreamEnd, echo_server, open, ping, stream_end};
+use crate::*;
 
 #[test]
 fn handshake_timeout_does_not_apply_to_the_tunnel() {

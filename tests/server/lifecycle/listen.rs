@@ -1,15 +1,6 @@
 //! `--listen`: every form of the address, the log line, and errors.
 
-use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::process::Command;
-
-use crate::support::{
-    CONNECT, Server, TIMEOUT, V4, V6, echo_server, greet_at, in_namespace, listener, open, ping, request, run, s5,
-    serve, temp_dir, write_file,
-};
+use crate::*;
 
 /// A client of a Unix socket, which the server must serve.
 fn greet_unix(path: &Path) -> UnixStream {
@@ -59,9 +50,7 @@ fn listen_binds_loopback_all_addresses_or_only_the_given_one() {
 #[test]
 fn default_listens_on_loopback_of_each_family() {
     // In a namespace, so that no other process uses the port.
-    if !in_namespace("lifecycle::listen::default_listens_on_loopback_of_each_family", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let connect = || {
         let output = run(s5().args(["connect", &echo_server().to_string()]), b"hello", TIMEOUT);
         assert_eq!(String::from_utf8_lossy(&output.stdout), "hello", "{}", String::from_utf8_lossy(&output.stderr));
@@ -156,9 +145,7 @@ fn listen_error_names_a_port_in_use_or_an_address_of_another_host() {
 #[test]
 fn killed_server_can_rebind_its_port_at_once() {
     // In a network namespace, so that no other program can take the port before the second server.
-    if !in_namespace("lifecycle::listen::killed_server_can_rebind_its_port_at_once", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let server = Server::start(&[]);
     let addr = server.addr();
     let (mut stream, rep, _) = open(&server, CONNECT, echo_server());

@@ -1,17 +1,8 @@
 //! The form of the log: one write for each line, priorities in the journal, and the counters.
 
-use std::io::Write as _;
-use std::net::{SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
-use std::process::{Command, Stdio};
 
-use crate::support::login::{log_in, unused_client_ip, users_file};
-use crate::support::programs::ProcessGroup;
-use crate::support::{
-    CONNECT, Server, TIMEOUT, UDP_ASSOCIATE, closed_port, echo_server, greet_at, open, read_reply, request, retry, s5,
-    session_lines, stream_end, tunnel,
-};
+use crate::*;
 
 /// A server whose stderr is a datagram socket: each write is one datagram.
 struct DatagramLog {

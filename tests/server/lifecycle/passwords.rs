@@ -1,16 +1,6 @@
 //! `--users`: logins (RFC 1929) end to end, their cache and their CPU time. tests/wire has the messages.
 
-use std::io::Write as _;
-use std::net::TcpStream;
-use std::thread;
-use std::time::Duration;
-
-use tempfile::TempDir;
-
-use crate::support::login::{log_in, login_message, open_with_login, unused_client_ip, users_file};
-use crate::support::{
-    CONNECT, Server, StreamEnd, TIMEOUT, echo_server, fastest, ping, read_exact, run, s5, stream_end, temp_dir,
-};
+use crate::*;
 
 #[test]
 fn only_exact_credentials_open_a_session() {

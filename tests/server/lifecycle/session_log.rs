@@ -1,14 +1,6 @@
 //! The session log: one line per session. tests/limits checks the escaping of its values.
 
-use std::io::Write as _;
-use std::net::{Shutdown, TcpStream};
-use std::process::Stdio;
-
-use crate::support::login::{log_in, users_file};
-use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, connect_from, echo_server, greet,
-    in_namespace, open, read_reply, request_by_name, reset, s5, session_lines, steps, stream_end, wait_until,
-};
+use crate::*;
 
 #[test]
 fn session_log_line_has_all_keys_and_values() {
@@ -130,9 +122,7 @@ fn session_logs_one_line_for_each_kind_of_end() {
 #[test]
 fn quiet_server_logs_nothing() {
     // In a network namespace, so that no other program can take the port before the server.
-    if !in_namespace("lifecycle::session_log::quiet_server_logs_nothing", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     // A quiet server does not log its port, so the test chooses it.
     let addr = closed_port().to_string();
     let mut child = s5().args(["serve", "-q", "--listen", &addr]).stderr(Stdio::piped()).spawn().expect("s5 starts");

@@ -1,16 +1,7 @@
 //! SIGTERM and SIGINT: new connections are refused, open sessions are drained, a second signal ends the drain. Also:
 //! the server keeps running if the reader of its log closes the pipe.
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{SocketAddr, TcpStream};
-use std::process::{Command, Stdio};
-use std::time::Duration;
-
-use crate::support::scripted::RunningProgram;
-use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, assert_no_data, echo_server, greet, greet_at,
-    is_installed, open, ping, read_exact, s5, session_lines, stream_end, timed, tunnel, wait_until,
-};
+use crate::*;
 
 #[test]
 fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {

@@ -1,13 +1,8 @@
 //! SIGHUP ends a server whose terminal has been closed. In all other cases it is a reload.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-
 use rustix::process::{Pid, Signal, kill_process};
-use tempfile::TempDir;
 
-use crate::support::programs::ProcessGroup;
-use crate::support::{TIMEOUT, is_installed, s5, temp_dir, wait_until};
+use crate::*;
 
 /// A server on a terminal; killed when dropped.
 struct TerminalServer {

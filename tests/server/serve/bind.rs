@@ -1,13 +1,6 @@
 //! BIND: both replies, accepted and refused peers, and closing of the listener.
 
-use std::io::{ErrorKind, Write as _};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
-
-use crate::support::{
-    BIND, Server, StreamEnd, TIMEOUT, V4, V6, connect_from, idle_descriptors, in_namespace, open, open_by_name, ping,
-    read_exact, read_reply, reset, serve, stream_end, timed, wait_until,
-};
+use crate::*;
 
 const ANY_PEER: &str = "0.0.0.0:0";
 const OTHER_PEER: &str = "127.0.0.2:0";
@@ -115,9 +108,7 @@ fn bind_accepts_the_expected_peer_from_any_port() {
 #[test]
 fn bind_listens_on_the_port_of_dst_if_any_peer_may_connect() {
     // In a namespace, so that no other process uses the ports.
-    if !in_namespace("serve::bind::bind_listens_on_the_port_of_dst_if_any_peer_may_connect", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let server = Server::start(&[]);
     let hop = Server::start(&["--via", &server.addr().to_string()]);
     let ranges = Server::start(&["--bind-ports", "20000-20003"]);
@@ -146,9 +137,7 @@ fn bind_listens_on_the_port_of_dst_if_any_peer_may_connect() {
 #[test]
 fn bind_accepts_all_addresses_of_a_name() {
     let hosts = "127.0.0.1 localhost\n127.0.0.4 pair\n127.0.0.5 pair\n::1 dual\n127.0.0.1 dual\n";
-    if !in_namespace("serve::bind::bind_accepts_all_addresses_of_a_name", hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     let server = Server::start(&[]);
     let table = [("localhost", "127.0.0.1"), ("pair", "127.0.0.4"), ("pair", "127.0.0.5"), ("dual", "127.0.0.1")];
     for (name, ip) in table {
@@ -263,9 +252,7 @@ fn bind_forwards_a_reset_of_the_peer() {
 
 #[test]
 fn bind_ports_limits_the_ports_of_listeners() {
-    if !in_namespace("serve::bind::bind_ports_limits_the_ports_of_listeners", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let server = Server::start(&["--bind-ports", "20000-20002"]);
     let mut open_binds: Vec<(TcpStream, SocketAddr)> = (0..3).map(|_| bind(&server, ANY_PEER)).collect();
     let mut ports: Vec<u16> = open_binds.iter().map(|(_, bnd)| bnd.port()).collect();

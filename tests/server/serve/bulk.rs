@@ -1,19 +1,7 @@
 //! Bulk tunnels: they are spliced through a pipe and distributed over the threads. Their data arrives unchanged even if
 //! splice(2) or pipe2(2) fails.
 
-use std::fs;
-use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Shutdown, TcpStream};
-use std::process::Command;
-use std::thread;
-use std::time::Duration;
-
-use socket2::SockRef;
-
-use crate::support::{
-    CONNECT, Server, StreamEnd, TIMEOUT, V4, accept, check_pattern, echo_server, idle_descriptors, is_installed,
-    listener, open, ping, reset, retry, s5, send_pattern, stream_end, timed, wait_until,
-};
+use crate::*;
 
 /// Bytes of a bulk transfer: more than all buffers and pipes of a tunnel hold.
 const BULK: usize = 48 << 20;

@@ -1,16 +1,6 @@
 //! CONNECT up to its reply: REP, BND, timing, and clients that disconnect or send data early.
 
-use std::io::Write as _;
-use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use crate::support::{
-    CONNECT, FullBacklog, Server, StreamEnd, TIMEOUT, V4, V6, accept, closed_port, connect_from, echo_server, greet,
-    idle_descriptors, listener, open, open_by_name, ping, raise_fd_limit, read_exact, read_reply, request,
-    request_by_name, reset, serve, skip, stream_end, timed, wait_until,
-};
+use crate::*;
 
 fn addr(text: &str) -> SocketAddr {
     text.parse().expect("valid address")

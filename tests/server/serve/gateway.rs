@@ -1,12 +1,9 @@
 //! BND of BIND and UDP ASSOCIATE on a host with two networks: that of the clients (10.9.0.0/24, fd09::/64) and that of the
 //! peers (10.9.1.0/24, fd09:1::/64).
 
-use std::net::{SocketAddr, TcpStream};
-
 use crate::guard::hosts::{Host, server_addr, server_addr_v6};
 use crate::guard::tools::{addr, assert_accepts_peer, associate, ip, log_in, send_request};
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{BIND, TIMEOUT, in_namespace, run, udp_echo_server};
+use crate::*;
 
 const CLIENT: &str = "10.9.0.2";
 const CLIENT_V6: &str = "fd09::2";
@@ -39,10 +36,7 @@ fn bound_on_host(host: &Host, args: &[&str]) -> SocketAddr {
 
 #[test]
 fn bind_bnd_is_on_the_route_to_the_peer_and_udp_bnd_is_where_the_client_connected_to() {
-    let test = "serve::gateway::bind_bnd_is_on_the_route_to_the_peer_and_udp_bnd_is_where_the_client_connected_to";
-    if !in_namespace(test, "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let host = Host::new();
     let _server = host.serve(&[]);
     let table = [
@@ -79,9 +73,7 @@ fn bind_bnd_is_on_the_route_to_the_peer_and_udp_bnd_is_where_the_client_connecte
 
 #[test]
 fn advertised_addresses_are_for_bind_for_udp_or_for_both() {
-    if !in_namespace("serve::gateway::advertised_addresses_are_for_bind_for_udp_or_for_both", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let host = Host::new();
     let echo = udp_echo_server(ip("10.9.1.2"));
     let table: [(&[&str], &str, &str); 6] = [

@@ -1,14 +1,7 @@
 //! CONNECT by name: several addresses (RFC 8305), and resolvers that fail or do not answer. Each test runs in a new
 //! network namespace with an /etc/hosts and a resolver.
 
-use std::io::Write as _;
-use std::net::{SocketAddr, TcpListener};
-use std::time::Duration;
-
-use crate::support::{
-    CONNECT, FullBacklog, Server, accept, closed_port, dns, echo_server, fastest, greet, in_namespace, open,
-    open_by_name, read_exact, read_reply, request_by_name, timed, wait_until,
-};
+use crate::*;
 
 fn at(ip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip.parse().expect("valid address"), port)
@@ -19,9 +12,7 @@ const PAIR: [&str; 2] = ["127.0.0.2", "127.0.0.3"];
 #[test]
 fn connect_tries_the_next_address_at_once_after_a_refusal() {
     let hosts = "127.0.0.2 pair\n127.0.0.3 pair\n::1 dual\n127.0.0.1 dual\n";
-    if !in_namespace("serve::names::connect_tries_the_next_address_at_once_after_a_refusal", hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     let server = Server::start(&[]);
     // The resolver's order is unknown. In one of the rounds the refusing address is first.
     for (name, ip) in [("pair", PAIR[0]), ("pair", PAIR[1]), ("dual", "::1"), ("dual", "127.0.0.1")] {
@@ -38,9 +29,7 @@ fn connect_tries_the_next_address_at_once_after_a_refusal() {
 #[test]
 fn connect_tries_the_next_address_after_250_ms_of_silence() {
     let hosts = "127.0.0.2 pair\n127.0.0.3 pair\n";
-    if !in_namespace("serve::names::connect_tries_the_next_address_after_250_ms_of_silence", hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     let server = Server::start(&[]);
     let times = [[PAIR[0], PAIR[1]], [PAIR[1], PAIR[0]]].map(|[silent, listening]| {
         let silent = FullBacklog::at(at(silent, 0));
@@ -63,9 +52,7 @@ fn connect_rep_is_the_most_specific_error_of_all_addresses() {
                  192.0.2.1 away\n2001:db8::1 away\n\
                  192.0.2.1 slow\n127.0.0.2 slow\n\
                  224.0.0.1 many\n";
-    if !in_namespace("serve::names::connect_rep_is_the_most_specific_error_of_all_addresses", hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     let server = Server::start(&["--connect-timeout", "300ms"]);
     let rep = |name, port| open_by_name(&server, CONNECT, name, port).1;
     let closed = closed_port().port();
@@ -84,9 +71,7 @@ fn connect_rep_is_the_most_specific_error_of_all_addresses() {
 #[test]
 fn connect_by_name_skips_addresses_of_the_server() {
     let hosts = "127.0.0.2 pair\n127.0.0.1 pair\n127.0.0.1 here\n";
-    if !in_namespace("serve::names::connect_by_name_skips_addresses_of_the_server", hosts, "") {
-        return;
-    }
+    enter_namespace!(hosts, "");
     let server = Server::start(&[]);
     let port = server.addr().port();
     assert_eq!(open_by_name(&server, CONNECT, "here", port).1, 2);
@@ -98,9 +83,7 @@ fn connect_by_name_skips_addresses_of_the_server() {
 
 #[test]
 fn connect_rep_depends_on_the_resolver_error() {
-    if !in_namespace("serve::names::connect_rep_depends_on_the_resolver_error", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let queries = dns::start();
     let server = Server::start(&["--connect-timeout", "300ms"]);
     let rep = |name| open_by_name(&server, CONNECT, name, 9).1;
@@ -123,9 +106,7 @@ fn connect_rep_depends_on_the_resolver_error() {
 #[test]
 fn connect_pending_lookups_do_not_delay_other_sessions() {
     const LOOKUPS: usize = 300;
-    if !in_namespace("serve::names::connect_pending_lookups_do_not_delay_other_sessions", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let queries = dns::start();
     let server = Server::start(&["--connect-timeout", "60"]);
     let dst = echo_server();
@@ -150,9 +131,7 @@ fn connect_pending_lookups_do_not_delay_other_sessions() {
 
 #[test]
 fn connect_lookup_is_cancelled_when_the_client_disconnects() {
-    if !in_namespace("serve::names::connect_lookup_is_cancelled_when_the_client_disconnects", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let queries = dns::start();
     let server = Server::start(&["--connect-timeout", "60"]);
     let mut stream = greet(&server);
@@ -165,9 +144,7 @@ fn connect_lookup_is_cancelled_when_the_client_disconnects() {
 
 #[test]
 fn connect_by_name_reaches_the_resolved_address() {
-    if !in_namespace("serve::names::connect_by_name_reaches_the_resolved_address", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     dns::start();
     let server = Server::start(&[]);
     let dst = echo_server();

@@ -1,17 +1,6 @@
 //! Tunnels: relaying of data, half-closes and resets, memory, and the idle timeout.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use crate::support::{
-    CONNECT, Server, StreamEnd, TIMEOUT, V4, V6, accept, check_pattern, echo_server, idle_descriptors, is_installed,
-    listener, open, ping, reset, resident_kib, retry, s5, send_pattern, session_lines, stream_end, tcp_server,
-    temp_dir, wait_until,
-};
+use crate::*;
 
 /// Returns a server with one tunnel: the client's connection and the target's.
 fn tunnel(args: &[&str]) -> (Server, TcpStream, TcpStream) {

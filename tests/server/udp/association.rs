@@ -1,11 +1,6 @@
 //! Helpers for tests of UDP: a client with one association, targets, and datagrams.
 
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
-use std::time::Duration;
-
-use socket2::SockRef;
-
-use crate::support::{Server, TIMEOUT, UDP_ASSOCIATE, V4, open, retry};
+use crate::*;
 
 /// Time after which a datagram counts as dropped. Used only if no later datagram proves it.
 const DROP_WAIT: Duration = Duration::from_millis(150);

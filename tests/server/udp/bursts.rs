@@ -3,14 +3,11 @@
 //! Each burst fits into the socket buffers, so that UDP loses no datagram.
 
 use std::io::IoSlice;
-use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd as _;
-use std::process::Command;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
 use super::association::{Association, assert_nothing_arrives, datagram, datagram_name, receive, socket, target};
-use crate::support::{Server, TIMEOUT, V4, V6, in_namespace, is_installed, s5, session_lines, temp_dir, wait_until};
+use crate::*;
 
 /// Returns a payload of bytes that depend on number and position.
 fn payload(number: usize, length: usize) -> Vec<u8> {
@@ -242,9 +239,7 @@ fn udp_session_log_counts_payload_bytes() {
 
 #[test]
 fn udp_bursts_of_datagrams_above_the_mtu_arrive() {
-    if !in_namespace("udp::bursts::udp_bursts_of_datagrams_above_the_mtu_arrive", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let mtu = Command::new("ip").args(["link", "set", "lo", "mtu", "1500"]).status().expect("ip runs");
     assert!(mtu.success());
     let server = Server::start(&[]);
@@ -262,9 +257,7 @@ fn udp_bursts_of_datagrams_above_the_mtu_arrive() {
 #[test]
 fn udp_bursts_arrive_after_icmp_errors() {
     // In a namespace, so that no other process can bind the port while it is closed.
-    if !in_namespace("udp::bursts::udp_bursts_arrive_after_icmp_errors", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let server = Server::start(&[]);
     let (target, dst) = target();
     let association = Association::new(&server);

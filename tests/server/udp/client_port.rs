@@ -1,17 +1,9 @@
 //! The client's port: announced as DST, set by the first datagram, or changed by a NAT.
 
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::unix::net::UnixStream;
-use std::process::Command;
 use std::thread::sleep;
-use std::time::Duration;
 
 use super::association::{Association, assert_nothing_arrives, datagram, receive, socket};
-use crate::support::{
-    Server, TIMEOUT, UDP_ASSOCIATE, V4, V6, connect_from, in_namespace, open_by_name, read_exact, read_reply, request,
-    serve, temp_dir, udp_echo_server, wait_until,
-};
+use crate::*;
 
 /// More than the silence after which another port of the client may take over.
 const SILENCE: Duration = Duration::from_millis(2200);
@@ -90,9 +82,7 @@ fn associate(server: &Server, ip: IpAddr, dst: &str) -> Association {
 /// A client that is not on loopback. The time without datagrams is waited for once, for all tests of ports.
 #[test]
 fn udp_association_follows_the_client_to_another_port_after_silence() {
-    if !in_namespace("udp::client_port::udp_association_follows_the_client_to_another_port_after_silence", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let ips: [IpAddr; 2] = ["192.0.2.1", "2001:db8::1"].map(|ip| ip.parse().expect("valid address"));
     for ip in ips {
         let added = Command::new("ip").args(["addr", "add", &ip.to_string(), "dev", "lo"]).status().expect("ip runs");

@@ -1,10 +1,7 @@
 //! Dropped datagrams: other senders, malformed datagrams, forbidden targets. None of them ends the association.
 
-use std::net::{SocketAddr, UdpSocket};
-use std::time::Duration;
-
 use super::association::{Association, assert_nothing_arrives, datagram, datagram_name, receive, socket, target};
-use crate::support::{Server, TIMEOUT, V4, V6, closed_port, in_namespace, retry, udp_echo_server, wait_until};
+use crate::*;
 
 fn addr(text: &str) -> SocketAddr {
     text.parse().expect("valid address")
@@ -101,9 +98,7 @@ fn udp_association_survives_closed_target_ports() {
 #[test]
 fn udp_association_survives_a_closed_client_port() {
     // In a namespace, so that no other process can bind the port while it is closed.
-    if !in_namespace("udp::filter::udp_association_survives_a_closed_client_port", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let server = Server::start(&[]);
     let (target, dst) = target();
     let mut association = Association::new(&server);
@@ -172,10 +167,7 @@ fn udp_multicast_and_broadcast_are_dropped() {
 #[test]
 fn udp_failed_lookups_do_not_stop_other_datagrams() {
     // The resolver's port is closed, so each lookup fails.
-    let test = "udp::filter::udp_failed_lookups_do_not_stop_other_datagrams";
-    if !in_namespace(test, "", crate::support::dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", crate::support::dns::RESOLV);
     let server = Server::start(&[]);
     let association = Association::new(&server);
     let echo = udp_echo_server(V4);
@@ -191,13 +183,7 @@ fn udp_failed_lookups_do_not_stop_other_datagrams() {
 
 #[test]
 fn udp_pending_lookups_are_limited_and_do_not_stop_other_datagrams() {
-    if !in_namespace(
-        "udp::filter::udp_pending_lookups_are_limited_and_do_not_stop_other_datagrams",
-        "",
-        crate::support::dns::RESOLV,
-    ) {
-        return;
-    }
+    enter_namespace!("", crate::support::dns::RESOLV);
     let queries = crate::support::dns::start();
     let server = Server::start(&["--connect-timeout", "60"]);
     let association = Association::new(&server);

@@ -1,10 +1,7 @@
 //! Fragments (RFC 1928 section 7): fragments in order are reassembled, all others are dropped.
 
-use std::thread;
-use std::time::{Duration, Instant};
-
 use super::association::{Association, datagram, datagram_name, receive, target};
-use crate::support::Server;
+use crate::*;
 
 const LAST: u8 = 0x80;
 

@@ -1,14 +1,7 @@
 //! Ends of associations, and the address of their socket.
 
-use std::io::Write as _;
-use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
-use std::time::{Duration, Instant};
-
 use super::association::{Association, receive, socket, target};
-use crate::support::{
-    Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, V6, connect_from, idle_descriptors, in_namespace, open, read_exact,
-    read_reply, request, reset, serve, stream_end, udp_echo_server, wait_until,
-};
+use crate::*;
 
 /// Time for the server to close the UDP port after the control connection has ended.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -101,9 +94,7 @@ fn udp_bnd_is_the_address_that_the_client_connected_to() {
 
 #[test]
 fn udp_ports_limits_the_ports_of_associations() {
-    if !in_namespace("udp::lifetime::udp_ports_limits_the_ports_of_associations", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let server = Server::start(&["--udp-ports", "20000-20002"]);
     let echo = udp_echo_server(V4);
     let mut associations: Vec<Association> = (0..3).map(|_| Association::new(&server)).collect();

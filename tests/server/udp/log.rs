@@ -1,9 +1,7 @@
 //! What the log says about datagrams: the number of targets, each target once, and dropped datagrams with the reason.
 
-use std::net::{Ipv4Addr, SocketAddr};
-
 use super::association::{Association, datagram, datagram_name};
-use crate::support::{Server, V4, closed_port, in_namespace, session_lines, steps, udp_echo_server};
+use crate::*;
 
 const HOSTS: &str = "127.0.0.1 one.test\n";
 
@@ -15,9 +13,7 @@ fn end(server: &Server, association: Association) -> String {
 
 #[test]
 fn log_counts_the_targets_of_an_association_and_names_each_once_if_verbose() {
-    if !in_namespace("udp::log::log_counts_the_targets_of_an_association_and_names_each_once_if_verbose", HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let [one, two] = [V4, Ipv4Addr::new(127, 0, 0, 2).into()].map(udp_echo_server);
     for args in [&["-v"][..], &[]] {
         let server = Server::start(args);
@@ -80,9 +76,7 @@ fn log_names_all_hops_of_an_association_in_lines_that_share_an_id() {
 
 #[test]
 fn verbose_log_has_the_reason_of_dropped_datagrams() {
-    if !in_namespace("udp::log::verbose_log_has_the_reason_of_dropped_datagrams", HOSTS, "") {
-        return;
-    }
+    enter_namespace!(HOSTS, "");
     let any: SocketAddr = closed_port();
     let denied: SocketAddr = "127.0.0.1:9".parse().expect("valid address");
     let no_route: SocketAddr = "192.0.2.1:9".parse().expect("valid address");

@@ -1,13 +1,9 @@
 //! Datagrams to names with several addresses, and to names whose addresses change. Each test runs in a new network
 //! namespace with an /etc/hosts or a resolver.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::thread;
-use std::time::{Duration, Instant};
-
 use super::association::{Association, assert_nothing_arrives, datagram_name, receive};
-use crate::support::dns::{self, Answer};
-use crate::support::{Server, TIMEOUT, V4, V6, arrives, in_namespace, is_strict, record_skip, udp_echo, udp_sockets};
+use crate::support::dns::Answer;
+use crate::*;
 
 /// An /etc/hosts. The resolver returns ::1 first.
 const BOTH: &str = "::1 both.test\n127.0.0.1 both.test\n";
@@ -37,9 +33,7 @@ fn assert_answers_from(association: &Association, name: &str, addr: SocketAddr) 
 
 #[test]
 fn udp_to_a_name_uses_the_next_address_after_an_icmp_error() {
-    if !in_namespace("udp::names::udp_to_a_name_uses_the_next_address_after_an_icmp_error", BOTH, "") {
-        return;
-    }
+    enter_namespace!(BOTH, "");
     let server = Server::start(&[]);
     for ip in [V4, V6] {
         let ([target], port) = udp_sockets([ip]);
@@ -58,9 +52,7 @@ fn udp_to_a_name_uses_the_next_address_after_an_icmp_error() {
 
 #[test]
 fn udp_icmp_errors_of_names_do_not_drop_other_datagrams() {
-    if !in_namespace("udp::names::udp_icmp_errors_of_names_do_not_drop_other_datagrams", BOTH, "") {
-        return;
-    }
+    enter_namespace!(BOTH, "");
     let server = Server::start(&[]);
     let ([other_v6, other_v4], port) = udp_sockets([V6, V4]);
     let association = Association::new(&server);
@@ -81,10 +73,7 @@ fn udp_icmp_errors_of_names_do_not_drop_other_datagrams() {
 
 #[test]
 fn udp_to_a_name_leaves_a_silent_address_after_a_second_and_keeps_one_that_has_answered() {
-    let test = "udp::names::udp_to_a_name_leaves_a_silent_address_after_a_second_and_keeps_one_that_has_answered";
-    if !in_namespace(test, BOTH, "") {
-        return;
-    }
+    enter_namespace!(BOTH, "");
     let server = Server::start(&[]);
     let ([silent, answering], port) = udp_sockets([V6, V4]);
     let association = Association::new(&server);
@@ -111,10 +100,7 @@ fn udp_to_a_name_leaves_a_silent_address_after_a_second_and_keeps_one_that_has_a
 
 #[test]
 fn udp_to_a_name_through_a_hop_that_gets_addresses_leaves_a_silent_address() {
-    let test = "udp::names::udp_to_a_name_through_a_hop_that_gets_addresses_leaves_a_silent_address";
-    if !in_namespace(test, BOTH, "") {
-        return;
-    }
+    enter_namespace!(BOTH, "");
     let hop = Server::start(&[]);
     // The rule has an address, so the server resolves the name itself. It receives no ICMP errors.
     let server = Server::start(&["--via", &hop.addr().to_string(), "--deny", "to=192.0.2.1"]);
@@ -130,9 +116,7 @@ fn udp_to_a_name_through_a_hop_that_gets_addresses_leaves_a_silent_address() {
 
 #[test]
 fn udp_to_a_name_skips_denied_addresses() {
-    if !in_namespace("udp::names::udp_to_a_name_skips_denied_addresses", BOTH, "") {
-        return;
-    }
+    enter_namespace!(BOTH, "");
     for (denied, allowed) in [(V4, V6), (V6, V4)] {
         let server = Server::start(&["--deny", &format!("to={denied}")]);
         let ([denied, allowed], port) = udp_sockets([denied, allowed]);
@@ -152,9 +136,7 @@ fn udp_names_are_looked_up_again_after_a_minute() {
     if !is_strict() {
         return record_skip("takes a minute");
     }
-    if !in_namespace("udp::names::udp_names_are_looked_up_again_after_a_minute", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let ips = [2, 3, 4].map(|n| Ipv4Addr::new(127, 0, 0, n));
     let queries = dns::start_with(move |name, nth| match (name, nth) {
         (_, 0) => Answer::addrs([ips[0]]),

@@ -8,16 +8,12 @@
 //! | the server | 10.9.0.1, 10.9.1.1 |
 //! | the target | 10.9.1.2 |
 
-use std::io::ErrorKind;
-use std::process::Command;
 use std::thread::sleep;
-use std::time::Duration;
 
 use super::association::{Association, receive, socket};
 use crate::guard::hosts::Host;
 use crate::guard::tools::{ip, log_in, send_request, udp_target};
-use crate::support::scripted::RunningProgram;
-use crate::support::{Server, TIMEOUT, UDP_ASSOCIATE, in_namespace, is_installed, retry, run};
+use crate::*;
 
 const CLIENT: &str = "10.8.0.2";
 const TARGET: &str = "10.9.1.2";

@@ -1,13 +1,8 @@
 //! `--udp-ports`: associations that share one port, and a range without a free port.
 
-use std::net::{SocketAddr, UdpSocket};
-
 use super::association::{Association, assert_nothing_arrives, datagram, receive, socket};
 use crate::guard::tools::associate;
-use crate::support::{
-    Server, TIMEOUT, UDP_ASSOCIATE, V4, idle_descriptors, in_namespace, open, raise_fd_limit, serve, session_lines,
-    udp_echo_server, wait_until,
-};
+use crate::*;
 
 const ANY: SocketAddr = SocketAddr::new(V4, 0);
 
@@ -17,9 +12,7 @@ fn is_free(addr: SocketAddr) -> bool {
 
 #[test]
 fn udp_associations_share_one_port() {
-    if !in_namespace("udp::ports::udp_associations_share_one_port", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let echo = udp_echo_server(V4);
     for (listen, ports) in [("127.0.0.1:0", "5000"), ("127.0.0.1:0", "5000-5000"), ("[::1]:0", "5000")] {
         let server = serve(listen, 1, &["--udp-ports", ports, "--threads", "4"]);
@@ -50,9 +43,7 @@ fn udp_associations_share_one_port() {
 
 #[test]
 fn udp_associations_on_a_shared_port_are_isolated() {
-    if !in_namespace("udp::ports::udp_associations_on_a_shared_port_are_isolated", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let server = Server::start(&["--udp-ports", "5000"]);
     let target = socket(V4);
     let dst = target.local_addr().expect("local address");
@@ -92,9 +83,7 @@ fn udp_associations_on_a_shared_port_are_isolated() {
 
 #[test]
 fn udp_burst_of_a_new_client_on_a_shared_port_arrives() {
-    if !in_namespace("udp::ports::udp_burst_of_a_new_client_on_a_shared_port_arrives", "", "") {
-        return;
-    }
+    enter_namespace!("", "");
     let server = Server::start(&["--udp-ports", "5000", "--threads", "2"]);
     let target = socket(V4);
     let dst = target.local_addr().expect("local address");
@@ -111,7 +100,8 @@ fn udp_burst_of_a_new_client_on_a_shared_port_arrives() {
 
 #[test]
 fn udp_ports_in_use_are_tried_in_limited_number() {
-    if !in_namespace("udp::ports::udp_ports_in_use_are_tried_in_limited_number", "", "") || !raise_fd_limit(3000) {
+    enter_namespace!("", "");
+    if !raise_fd_limit(3000) {
         return;
     }
     let server = Server::start(&["--udp-ports", "20000-21999"]);

@@ -1,13 +1,7 @@
 //! Relaying of datagrams in both directions: all address types, all sizes, many targets and associations.
 
-use std::net::SocketAddr;
-use std::thread;
-use std::time::Duration;
-
 use super::association::{Association, datagram_name, receive, socket, target};
-use crate::support::{
-    Server, TIMEOUT, V4, V6, dns, idle_descriptors, in_namespace, retry, serve, temp_dir, udp_echo_server, wait_until,
-};
+use crate::*;
 
 #[test]
 fn udp_answer_has_the_address_of_its_sender() {
@@ -34,9 +28,7 @@ fn udp_first_datagram_by_name_is_answered_without_delay() {
 
 #[test]
 fn udp_name_is_resolved_once_per_association() {
-    if !in_namespace("udp::relay::udp_name_is_resolved_once_per_association", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     let queries = dns::start();
     let server = Server::start(&[]);
     let (first, second) = (udp_echo_server(V4), udp_echo_server(V4));
@@ -52,9 +44,7 @@ fn udp_name_is_resolved_once_per_association() {
 
 #[test]
 fn udp_datagrams_are_sent_after_their_lookup() {
-    if !in_namespace("udp::relay::udp_datagrams_are_sent_after_their_lookup", "", dns::RESOLV) {
-        return;
-    }
+    enter_namespace!("", dns::RESOLV);
     dns::start();
     let server = Server::start(&[]);
     let (target, dst) = target();

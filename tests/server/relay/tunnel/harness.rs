@@ -1,10 +1,9 @@
 //! A tunnel with checks: every received byte is compared with the sent byte, and the final state with the events.
 
-use std::time::Instant;
-
 use s5::net::{RelayError, RelayOptions};
 
 use super::{Direction, Peer as _, Received, TIMEOUT, Tunnel};
+use crate::*;
 
 pub const CAPACITY: usize = 64 * 1024;
 

@@ -2,11 +2,8 @@
 
 use std::cell::{RefCell, RefMut};
 use std::collections::VecDeque;
-use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
 use futures_lite::future::BoxedLocal;
@@ -14,6 +11,7 @@ use futures_lite::{AsyncRead, AsyncWrite};
 use s5::net::{ByteCounts, RelayError, RelayOptions, RelayResult, reactor, relay};
 
 use super::{Peer, Received, Tunnel};
+use crate::*;
 
 /// State of one stream, shared by both of its ends.
 #[derive(Default)]

@@ -1,9 +1,8 @@
 //! Test interface of a relay: a tunnel between two streams. The test controls the peers of both.
 
-use std::thread;
-use std::time::{Duration, Instant};
-
 use s5::net::{RelayOptions, RelayResult};
+
+use crate::*;
 
 pub mod harness;
 pub mod memory;

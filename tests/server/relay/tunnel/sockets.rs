@@ -1,19 +1,14 @@
 //! `s5::relay` over TCP on loopback, on a separate thread.
 
-use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use futures_lite::FutureExt as _;
 use s5::conn::Conn;
 use s5::net::{ByteCounts, Io, RelayOptions, RelayOutcome, RelayResult, reactor, relay};
 use smol::channel::{Sender, unbounded};
-use socket2::SockRef;
 
 use super::{Peer, Received, Tunnel};
+use crate::*;
 
 /// The test's end of a connection.
 pub struct PeerEnd {
