@@ -35,9 +35,11 @@ fn main() -> ExitCode {
     }));
     // So that it can be sent to all processes of s5, of which the servers log their counters.
     let _ = signal_hook::flag::register(Signal::USR1.as_raw(), Arc::default());
-    match catch_unwind(AssertUnwindSafe(|| mode.run())) {
+    let code = match catch_unwind(AssertUnwindSafe(|| mode.run())) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => error.print(),
         Err(_) => ExitCode::FAILURE,
-    }
+    };
+    log::logger().flush();
+    code
 }

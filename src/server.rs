@@ -11,6 +11,7 @@ mod dispatch;
 mod limiter;
 mod listen;
 mod local_addr;
+mod log_queue;
 mod login_throttle;
 mod options;
 mod passwords;
@@ -49,6 +50,7 @@ use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::Listener;
 pub use local_addr::is_local;
+pub use log_queue::{eprint_line, flush};
 pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
 pub use session_log::{LOGFMT_TARGET, current_session};
@@ -105,6 +107,8 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
         return Err(ServerError::Config(error));
     }
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
+    // After this, a reader of stderr that stops reading stops neither sessions nor signals.
+    log_queue::start().map_err(ServerError::io("start a thread for the log"))?;
     for addr in ipv6_only(&policy.listen_addrs) {
         log::info!("{addr} accepts IPv6 alone (for IPv4 too, use --listen *:{})", addr.port());
     }

@@ -7,4 +7,5 @@ mod log_lines;
 mod passwords;
 mod session_log;
 mod shutdown;
+mod stalled_log;
 mod terminal;

@@ -4,7 +4,7 @@
 //! remedy. It is in lower case, has no full stop and never contains a password.
 
 use std::fmt;
-use std::io::{self, Write as _};
+use std::io;
 use std::process::ExitCode;
 
 use log::Level;
@@ -13,6 +13,7 @@ use super::journal;
 use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::net::DialError;
 use crate::proto::Rep;
+pub use crate::server::eprint_line;
 
 /// An exit status. The numbers are stable. Errors that curl(1) also reports have curl's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -175,11 +176,6 @@ pub fn plain_os_errors(message: String) -> String {
         let (first, others) = text.split_at_checked(1).unwrap_or((text, ""));
         message.replace(&error, &(first.to_lowercase() + others))
     })
-}
-
-/// Writes one line to stderr in a single write, since other processes may write there too. Write errors are ignored.
-pub fn eprint_line(line: &str) {
-    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 #[cfg(test)]

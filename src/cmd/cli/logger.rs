@@ -11,13 +11,13 @@ use time::macros::format_description;
 
 use super::exit::{eprint_line, escape, plain_os_errors};
 use super::journal;
-use crate::server::{LOGFMT_TARGET, current_session};
+use crate::server::{LOGFMT_TARGET, current_session, flush};
 
 const TIME_FORMAT: &[BorrowedFormatItem<'_>] =
     format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
 
-/// Writes the records that its levels allow. `SimpleLogger` itself writes a line in two parts, between which another
-/// process can write, and panics if stderr is closed.
+/// Writes the records that the levels of `SimpleLogger` allow. `SimpleLogger` itself would block while nobody reads stderr.
+/// It writes a line in two parts, between which another process can write, and panics if stderr is closed.
 pub struct Logger(SimpleLogger);
 
 impl Logger {
@@ -38,7 +38,9 @@ impl Log for Logger {
         }
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        flush();
+    }
 }
 
 /// Returns the line of a record, without a line end.
