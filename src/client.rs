@@ -148,6 +148,17 @@ impl Client {
         self.with_deadline(async { self.open_hops(self.hops.len()).await.map(drop) }).await
     }
 
+    /// Fails if this machine selects the address of the target, and its family is not allowed.
+    fn check_target_family(&self) -> Result<(), ClientErrorKind> {
+        match self.dst.host {
+            Host::Ip(ip) if self.options.resolves_target && !self.options.local.can_reach(ip.to_canonical()) => {
+                self.enter_phase(Phase::ResolveTarget);
+                Err(DialError::FamilyUnavailable.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Returns true if the last hop gets the addresses of a name instead of the name.
     fn resolves_for_hops(&self, name: &HostName) -> bool {
         self.options.resolves_target && !self.hops.is_empty() && !name.is_zoned_address()
@@ -160,7 +171,7 @@ impl Client {
                 self.enter_phase(Phase::ResolveTarget);
                 Ok(self.options.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
             }
-            _ => Ok(vec![self.dst.clone()]),
+            _ => self.check_target_family().map(|()| vec![self.dst.clone()]),
         }
     }
 

@@ -282,7 +282,7 @@ async fn run_until_shutdown(
     if let Some(server) = server.upgrade() {
         server.workers.stop_accepting();
     }
-    log::info!("shutting down: draining sessions for up to {} s", drain.as_secs());
+    log::info!("shutting down: draining sessions for up to {drain:?}");
     let drained = async {
         while !matches!(reports.recv().await, Ok(WorkerReport::AllEnded) | Err(_)) {}
         Ok(())

@@ -67,7 +67,7 @@ impl Client {
                     self.enter_phase(Phase::ResolveTarget);
                     Some(ResolvedAddr::resolve(&self.dst, None, &self.options).await?)
                 }
-                _ => None,
+                _ => self.check_target_family().map(|()| None)?,
             };
             let mut hops = Vec::new();
             for (hop, proxy) in self.hops.iter().enumerate() {

@@ -82,8 +82,14 @@ impl FromStr for Proxy {
             (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
             (Some(path), _) => Endpoint::Unix(path.into()),
             (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
-            (None, _) => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
+            _ if address.contains('/') => {
+                return Err("the URL of a proxy has no path (write unix:/PATH for a Unix socket)".into());
+            }
+            _ => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
         };
+        if matches!(endpoint, Endpoint::Tcp(Addr { port: 0, .. })) {
+            return Err("the port of a proxy must not be 0".into());
+        }
         Ok(Self { endpoint, uname, credentials })
     }
 }

@@ -11,8 +11,9 @@ mod rule;
 use std::net::SocketAddr;
 
 pub use conditions::{AccessRequest, Identity, Route, UserPattern, embedded_ipv4, normalize_name};
-use conditions::{ClientPattern, Conditions, Match, TargetPattern, embedded_addrs};
+use conditions::{ClientPattern, Conditions, Match, TargetPattern, embedded_addrs, is_always_embedding};
 use groups::{Groups, Search};
+use parse::parse_target;
 pub use parse::{decode_user, parse_rule, parse_rules};
 pub use rule::Rule;
 use rule::TargetCondition;
@@ -88,10 +89,19 @@ impl Rules {
             groups: Groups::new(&user_rules),
             user_rules,
             built_in,
-            protected: PROTECTED_TARGETS.split(',').filter_map(|target| parse::parse_target(target).ok()).collect(),
+            protected: PROTECTED_TARGETS.split(',').filter_map(|target| parse_target(target).ok()).collect(),
             default_rule: Rule::built_in(origin, "deny", Conditions::default(), Any),
             default_route,
         }
+    }
+
+    /// Returns the first entry of `to=` that matches no target, and its rule: an IPv6 prefix of an `allow`, which compares
+    /// the IPv4 address that each address of the prefix embeds.
+    pub fn unmatched_target(&self) -> Option<(&Rule, &str)> {
+        let allows = self.user_rules.iter().filter(|rule| rule.conditions.allow);
+        let targets = allows.flat_map(|rule| rule.targets().map(move |(_, target)| (rule, target)));
+        let mut nets = targets.filter(|(_, target)| target.contains(':'));
+        nets.find(|(_, target)| parse_target(target).is_ok_and(|target| is_always_embedding(&target)))
     }
 
     /// Returns the rules of files and options, without the built-in rules.

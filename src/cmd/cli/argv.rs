@@ -1,6 +1,8 @@
 //! Normalizes the command line for argh, which does not support `--opt=value`, `-w3` and `-zv`. The definitions from which
 //! the help is generated also show which options take a value.
 
+use std::env;
+
 use argh::FlagInfo;
 
 use super::secrets::without_userinfo;
@@ -18,6 +20,17 @@ pub(super) const ALIASES: [(&str, &str); 7] = [
     ("--drain", "--drain-timeout"),
     ("--open", "--allow-open-relay"),
 ];
+
+/// Replaces the names of options by the aliases that the user has typed.
+pub(crate) fn with_typed_names(message: &str) -> String {
+    let typed: Vec<String> = env::args().map(|arg| arg.split('=').next().unwrap_or_default().into()).collect();
+    let is_typed = |name: &str| typed.iter().any(|arg| arg == name);
+    let replace = |message: String, (alias, long): &(&str, &str)| match is_typed(alias) && !is_typed(long) {
+        true => message.replace(long, alias),
+        false => message,
+    };
+    ALIASES.iter().fold(message.into(), replace)
+}
 
 /// Options that select the default, and the option that selects the opposite.
 const DEFAULTS: [(&str, &str); 2] = [("-N", "--no-shutdown"), ("--shutdown", "--no-shutdown")];

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use log::Level;
 
+use super::argv::with_typed_names;
 use super::journal;
 use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::net::DialError;
@@ -99,6 +100,7 @@ impl CliError {
 
     /// Adds a reference to the help of a mode, unless the message ends with a remedy. `command` is `s5` or `s5 MODE`.
     pub(crate) fn with_help(mut self, command: &str) -> Self {
+        self.message = with_typed_names(&self.message);
         if self.refers_to_help && !self.message.is_empty() && !self.message.ends_with(')') {
             self.message += &format!(" (see {command} --help)");
         }

@@ -13,6 +13,7 @@ use super::descriptor;
 use super::options::ClientArgs;
 use super::proxies::env_var;
 use crate::client::{Proxy, check_credentials};
+use crate::cmd::cli::argv::with_typed_names;
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line, escape};
 use crate::cmd::cli::text_file;
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
@@ -27,12 +28,14 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> Result<(
     let mut logins = Vec::new();
     let mut user = None;
     match args.proxy_user.as_deref().map(|user| (user, parse_login(user.as_bytes()))) {
-        Some(("", _)) => return Err(CliError::usage("--proxy-user: the user name is empty")),
+        Some((user, _)) if user.is_empty() || user.starts_with(':') => {
+            return Err(CliError::usage("--proxy-user: the user name is empty"));
+        }
         Some((_, Some(login))) => {
             if !args.quiet && !args.prints_only_json() {
-                eprint_line(
-                    "s5: --proxy-user: other users may see the password (use --proxy-auth-file or S5_PROXY_AUTH)",
-                );
+                let warning =
+                    "s5: --proxy-user: other users may see the password (use --proxy-auth-file or S5_PROXY_AUTH)";
+                eprint_line(&with_typed_names(warning));
             }
             logins.push(login);
         }

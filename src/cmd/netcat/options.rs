@@ -281,7 +281,10 @@ fn parse_dns_side(text: &str) -> Result<bool, String> {
 }
 
 fn parse_count(text: &str) -> Result<u64, String> {
-    text.parse().map_err(|_| "expected a number of answers (without a number, -n is not necessary)".into())
+    match text.parse() {
+        Ok(0) => Err("must be greater than 0".into()),
+        count => count.map_err(|_| "expected a number of answers (without a number, -n is not necessary)".into()),
+    }
 }
 
 /// Parses the address of `-l`: without an IP address, it is 127.0.0.1.
@@ -300,7 +303,14 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
         Ok(zoned @ ListenAddr::Host(Addr { host: Host::Name(name), .. })) if name.is_zoned_address() => {
             return zoned.addrs().first().copied().ok_or_else(|| DialError::NoInterface.to_string());
         }
-        _ => return Err("expected [ADDR:]PORT (-l takes a value: write other options before it)".into()),
+        _ => {
+            return Err(match text.parse() {
+                Ok(Host::Ip(ip @ IpAddr::V6(_))) => format!("expected [ADDR:]PORT (write [{ip}]:PORT)"),
+                Ok(Host::Ip(_)) => format!("expected [ADDR:]PORT (write {text}:PORT)"),
+                _ if text == "localhost" => "expected [ADDR:]PORT (write localhost:PORT)".into(),
+                _ => "expected [ADDR:]PORT (-l takes a value: write other options before it)".into(),
+            });
+        }
     };
     Ok(SocketAddr::new(ip, port))
 }

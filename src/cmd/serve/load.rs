@@ -64,6 +64,10 @@ impl PolicySources {
             all.extend(rules.map_err(|error| file_error(file, error))?);
         }
         let rules = Rules::new(all, self.default_route);
+        if let Some((rule, target)) = rules.unmatched_target() {
+            let problem = "never matches: an allow compares the IPv4 address in it (write to= with IPv4 addresses)";
+            return Err(CliError::usage(format!("{}: \"to={target}\" {problem}", rule.origin())));
+        }
         let policy = Policy { users, methods: self.methods.clone(), rules, ..Policy::default() };
         let hops = self.hops.load()?;
         self.warn(&policy);

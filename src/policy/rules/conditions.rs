@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv6Net};
 
 use crate::proto::{Command, HostName, Method, ProtectionLevel};
 
@@ -209,6 +209,19 @@ pub fn embedded_ipv4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
         [0x2001, 0, .., high, low] => Some(ipv4(!high, !low)),
         _ => None,
     }
+}
+
+/// Prefixes whose addresses all embed an IPv4 address, besides IPv4-mapped ones.
+const EMBEDDING: [Ipv6Net; 4] = [
+    Ipv6Net::new_assert(Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, 0, 0), 96),
+    Ipv6Net::new_assert(Ipv6Addr::new(0x64, 0xff9b, 1, 0, 0, 0, 0, 0), 48),
+    Ipv6Net::new_assert(Ipv6Addr::new(0x2002, 0, 0, 0, 0, 0, 0, 0), 16),
+    Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0, 0, 0, 0, 0, 0, 0), 32),
+];
+
+/// Returns true if an `allow` never matches a target: it compares the embedded address.
+pub(super) fn is_always_embedding(target: &TargetPattern) -> bool {
+    matches!(target, TargetPattern::Net(IpNet::V6(net)) if EMBEDDING.iter().any(|prefix| prefix.contains(net)))
 }
 
 fn ipv4(high: u16, low: u16) -> Ipv4Addr {

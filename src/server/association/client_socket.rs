@@ -45,8 +45,16 @@ impl ClientSocket {
         let (socket, membership) = match ports.and_then(PortRange::single) {
             Some(port) => {
                 local.set_port(port);
-                let membership = server.shared_ports.join(local, addr, protection.is_some())?;
-                (BatchSocket::bind_shared(local)?, Some(membership))
+                let join = || {
+                    let membership = server.shared_ports.join(local, addr, protection.is_some())?;
+                    Ok((BatchSocket::bind_shared(local)?, Some(membership)))
+                };
+                join().map_err(|error: io::Error| match error.kind() {
+                    io::ErrorKind::AddrInUse => io::Error::other(format!(
+                        "UDP port {port} is used by another program (choose another with --udp-ports)"
+                    )),
+                    _ => error,
+                })?
             }
             None => (bind_in_range(ports, "--udp-ports", local, BatchSocket::bind).await?, None),
         };

@@ -119,6 +119,17 @@ fn source_options_apply_to_the_connection_to_the_proxy() {
 
 #[test]
 fn ipv4_and_ipv6_options_restrict_the_family() {
+    // With -R local, the family of an address of the target is restricted too.
+    for (options, target, text) in [
+        ("-4 -R local", "::1 80", "target [::1]:80: not an IPv4 address, as -4 or -s requires"),
+        ("-6 -R local", "[::ffff:127.0.0.1]:80", "not an IPv6 address, as -6 or -s requires"),
+    ] {
+        for mode in ["connect", "udp"] {
+            let server = if options.starts_with("-4") { "127.0.0.1:0" } else { "[::1]:0" };
+            let server = crate::support::serve(server, 1, &[]);
+            assert_line(&format!("{mode} {options} -x {} {target}", server.addr()), 6, &[text]);
+        }
+    }
     // The proxy has only the address ::1, so -4 leaves no address.
     let proxy = TcpListener::bind("[::1]:0").and_then(|listener| listener.local_addr()).expect("free port");
     let line = format!("s5: proxy {proxy}: not an IPv4 address, as -4 or -s requires\n");

@@ -126,6 +126,25 @@ fn explain_names_the_missing_part_of_the_request() {
 }
 
 #[test]
+fn target_of_an_allow_that_embeds_an_ipv4_address_is_an_error() {
+    let dir = temp_dir();
+    for net in ["64:ff9b::/96", "64:ff9b::c000:201", "64:ff9b:1::/48", "2002:7f00::/24", "2001:0:1::/48"] {
+        let rule = format!("to=a.test,{net},192.0.2.0/24");
+        let rules = write_file(dir.path(), "rules", &format!("deny {rule}\nallow {rule}\n"));
+        for (option, value, origin) in [("--allow", &rule, "--allow"), ("--rules", &rules, &format!("{rules} line 2"))]
+        {
+            let output = serve(&[option, value, "--show-rules"]);
+            let expected =
+                format!("s5: {origin}: \"to={net}\" never matches: an allow compares the IPv4 address in it ");
+            assert!(output.status.code() == Some(2) && text(&output.stderr).starts_with(&expected), "{output:?}");
+        }
+    }
+    for net in ["::/0", "2001::/16", "64:ff9b::/47", "2001:db8::/32"] {
+        assert!(serve(&["--allow", &format!("to={net}"), "--show-rules"]).status.success(), "{net}");
+    }
+}
+
+#[test]
 fn explain_names_hop_and_first_rule_that_needs_resolving() {
     let rows: [(&[&str], &str, &str); 3] = [
         (

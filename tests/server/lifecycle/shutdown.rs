@@ -78,6 +78,15 @@ fn drain_timeout_closes_waiting_binds_and_udp_associations() {
 }
 
 #[test]
+fn log_has_the_drain_time_with_its_unit() {
+    for (option, time) in [("300ms", "300ms"), ("1m30s", "90s")] {
+        let server = Server::start(&["--drain-timeout", option]);
+        server.signal("TERM");
+        server.wait_log(|log| log.contains(&format!("draining sessions for up to {time}\n")));
+    }
+}
+
+#[test]
 fn second_signal_ends_the_drain() {
     for signals in [["TERM", "TERM"], ["INT", "TERM"]] {
         let mut server = Server::start(&["--drain-timeout", "60"]);

@@ -117,3 +117,13 @@ fn udp_ports_in_use_are_tried_in_limited_number() {
     });
     Association::new(&server).ping(udp_echo_server(V4), b"hello");
 }
+
+#[test]
+fn udp_shared_port_of_another_program_has_a_remedy() {
+    let other = socket(V4);
+    let port = other.local_addr().expect("local address").port();
+    let server = Server::start(&["--udp-ports", &port.to_string()]);
+    assert_eq!(open(&server, UDP_ASSOCIATE, ANY).1, 1);
+    let error = format!("UDP port {port} is used by another program (choose another with --udp-ports)");
+    server.wait_log(|log| log.contains(&error));
+}
