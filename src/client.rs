@@ -17,7 +17,10 @@ use std::time::{Duration, Instant};
 use crate::conn::{Conn, Protection, ReadError};
 use crate::gssapi::ffi::Credential;
 use crate::gssapi::{GssapiError, Initiator};
-use crate::net::{DialError, LocalAddr, Resolver, canonical, connect_unix, dial, set_keepalive, timeout_at};
+use crate::net::{
+    self, DialError, DialLimits, LocalAddr, MAX_ADDRS_TRIED, Unlimited, canonical, connect_unix, dial, set_keepalive,
+    timeout_at,
+};
 use crate::proto::{
     self, Addr, Command, Greeting, Host, HostName, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep,
     Reply, Request,
@@ -29,14 +32,14 @@ pub use proxy::{Endpoint, Proxy, check_credentials, parse_hops};
 
 /// What handshakes with different proxies and targets have in common. User names and passwords are part of each
 /// [`Proxy`].
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct ClientOptions {
     /// Methods to offer to all proxies, in this order. `None`: `none`, plus each method for which there are credentials.
     pub methods: Option<Vec<Method>>,
     /// Settings for GSSAPI. `None`: GSSAPI is not offered.
     pub gssapi: Option<Initiator>,
-    /// The resolver.
-    pub resolver: Resolver,
+    /// Limits of lookups and connection attempts. `None`: no limits.
+    pub limits: Option<Arc<dyn DialLimits>>,
     /// Local address of connections and datagrams.
     pub local: LocalAddr,
     /// Whether this machine resolves the target's name, instead of the last proxy.
@@ -46,9 +49,13 @@ pub struct ClientOptions {
 }
 
 impl ClientOptions {
+    fn limits(&self) -> &dyn DialLimits {
+        self.limits.as_deref().unwrap_or(&Unlimited)
+    }
+
     /// Resolves `addr`. Returns the addresses of the families that the local address allows.
     async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, DialError> {
-        let mut addrs = lookup(&self.resolver, addr).await?;
+        let mut addrs = lookup(addr, self.limits()).await?;
         addrs.retain(|addr| self.local.can_reach(addr.ip()));
         if addrs.is_empty() { Err(DialError::FamilyUnavailable) } else { Ok(addrs) }
     }
@@ -69,10 +76,10 @@ pub struct Client {
 }
 
 /// Resolves `addr` to canonical addresses. The caller limits the time.
-pub(crate) async fn lookup(resolver: &Resolver, addr: &Addr) -> Result<Vec<SocketAddr>, DialError> {
+pub(crate) async fn lookup(addr: &Addr, limits: &dyn DialLimits) -> Result<Vec<SocketAddr>, DialError> {
     match &addr.host {
         Host::Ip(ip) => Ok(vec![canonical(*ip, addr.port)]),
-        Host::Name(name) => resolver.lookup(name.as_str(), addr.port).await,
+        Host::Name(name) => net::lookup(name.as_str(), addr.port, limits).await,
     }
 }
 
@@ -169,7 +176,8 @@ impl Client {
         match self.dst.host {
             Host::Name(ref name) if self.hops.is_empty() || self.resolves_for_hops(name) => {
                 self.enter_phase(Phase::ResolveTarget);
-                Ok(self.options.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
+                let addrs = self.options.lookup(&self.dst).await?;
+                Ok(addrs.into_iter().take(MAX_ADDRS_TRIED).map(Addr::from).collect())
             }
             _ => self.check_target_family().map(|()| vec![self.dst.clone()]),
         }
@@ -182,7 +190,7 @@ impl Client {
         self.enter_phase(Phase::Connect);
         // `with_deadline` bounds the whole handshake.
         let no_deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
-        let (io, _) = dial(addrs, self.options.local, no_deadline).await?;
+        let (io, _) = dial(addrs, self.options.local, self.options.limits(), no_deadline).await?;
         set_keepalive(&io);
         Ok(Conn::Tcp(io))
     }

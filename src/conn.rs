@@ -182,6 +182,11 @@ impl Conn {
         self.wait_for_events(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR).await;
     }
 
+    /// Returns whether the peer has reset the connection.
+    pub fn is_reset(&self) -> bool {
+        self.has_event(PollFlags::HUP | PollFlags::ERR)
+    }
+
     /// Returns when the next read would be the end of the stream or an error, or when the socket has one of `events`.
     async fn wait_for_events(&self, events: PollFlags) {
         let mut byte = [0; 1];

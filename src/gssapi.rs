@@ -158,7 +158,7 @@ async fn negotiate_level(
 }
 
 /// The client side: its ticket cache, the service name and the protection levels.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Initiator {
     /// Ticket cache. [default: `KRB5CCNAME`, or the cache of the system]
     pub ccache: Option<PathBuf>,

@@ -15,8 +15,9 @@ mod timer;
 pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
 pub use datagrams::{DATAGRAM_BUFFER_SIZE, retry_refused};
 pub use dial::{
-    DialError, LocalAddr, SHORT_KEEPALIVE_TIME, bind_error, connect_unix, dial, set_keepalive,
-    set_reset_after_delivery, set_tcp_options, shorten_keepalive, unspecified, with_scope,
+    DialError, DialLimits, LimitGuard, LocalAddr, MAX_ADDRS_TRIED, SHORT_KEEPALIVE_TIME, Unlimited, bind_error,
+    connect_unix, dial, set_keepalive, set_reset_after_delivery, set_tcp_options, shorten_keepalive, unspecified,
+    with_scope,
 };
 pub use rate_limit::{RateLimit, TokenBucket};
 pub use reactor::{Interest, wake_later, yield_now};
@@ -24,7 +25,7 @@ pub use relay::{
     ByteCounts, RELAY_BUFFER_SIZE, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Side,
     UNDELIVERED_GRACE, relay,
 };
-pub use resolve::{Resolver, canonical, parse_literal, service_port};
+pub use resolve::{canonical, lookup, parse_literal, service_port};
 pub use socket::{ACCEPT_RETRY_DELAY, Io, accept};
 pub use stream::{SocketOp, SocketPoll, Stream};
 pub use threads::{ThreadPool, unblock};

@@ -7,6 +7,7 @@ mod association;
 mod bind;
 mod connect;
 mod counters;
+mod dial_shares;
 mod dispatch;
 mod limiter;
 mod listen;
@@ -46,6 +47,7 @@ use crate::net::{RelayOptions, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::proto::Host;
 use counters::COUNTERS;
+use dial_shares::DialShares;
 use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::Listener;
@@ -92,7 +94,9 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
     // Before the server can be reached: until then, SIGHUP and SIGUSR1 end the process.
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
     let signals = signals.map_err(ServerError::io("handle signals"))?;
-    let default_max_sessions = default_max_sessions(raise_descriptor_limit());
+    let descriptors = raise_descriptor_limit();
+    let (dial_shares, dial_descriptors) = DialShares::new(descriptors);
+    let default_max_sessions = default_max_sessions(descriptors - dial_descriptors.min(descriptors));
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let mut listeners = Vec::new();
     for listen in &options.listen {
@@ -121,12 +125,11 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
     let (policy, limiter) =
         (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(max_sessions, options.quotas));
     let (pool, workers, reports) = WorkerPool::new(options.threads);
-    let resolver = options.hop_options.resolver.clone();
     let server = Arc::new(Server {
         options,
         policy,
         limiter,
-        resolver,
+        dial_shares,
         relay_options,
         workers: pool,
         shared_ports: Arc::default(),

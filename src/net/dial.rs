@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::{Future, poll_fn, ready};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,6 +24,10 @@ use super::timer::{sleep, sleep_until, timeout_at};
 
 /// Time after which [`dial`] tries the next address: the Connection Attempt Delay of RFC 8305 section 5.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// Attempts of one connection that run at the same time. Each but the last few has a second.
+const MAX_ATTEMPTS: usize = 4;
+/// Addresses of a name that are tried for one connection.
+pub const MAX_ADDRS_TRIED: usize = 16;
 /// Time without a packet after which a peer that has ended its stream is probed.
 pub const SHORT_KEEPALIVE_TIME: Duration = Duration::from_secs(5);
 /// Pause before connecting again to a Unix socket whose backlog is full.
@@ -149,12 +153,43 @@ pub fn unspecified(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// Connects to the first of `addrs` that accepts (RFC 8305), and returns it too. Address families alternate. The next attempt starts after
-/// 250 ms, or at once if one fails. Sets the options of [`set_tcp_options`], but leaves keepalive to the caller.
+/// Limits of the lookups and connection attempts that run at the same time. A guard counts one until it is dropped.
+pub trait DialLimits: fmt::Debug + Send + Sync {
+    /// Waits until another lookup may start.
+    fn start_lookup(&self) -> Pin<Box<dyn Future<Output = LimitGuard> + '_>>;
+    /// Returns `None` unless another attempt may start, in addition to those that are running for the same connection.
+    fn start_extra_attempt(&self) -> Option<LimitGuard>;
+}
+
+/// Counts a lookup or a connection attempt until it is dropped.
+pub type LimitGuard = Box<dyn Send>;
+
+/// No limits but those of a single connection.
+#[derive(Debug)]
+pub struct Unlimited;
+
+impl DialLimits for Unlimited {
+    fn start_lookup(&self) -> Pin<Box<dyn Future<Output = LimitGuard> + '_>> {
+        Box::pin(ready(Box::new(()) as LimitGuard))
+    }
+
+    fn start_extra_attempt(&self) -> Option<LimitGuard> {
+        Some(Box::new(()))
+    }
+}
+
+/// Connects to the first of `addrs` that accepts (RFC 8305), and returns it too. Address families alternate, and at most
+/// [`MAX_ADDRS_TRIED`] are tried. The next attempt starts after 250 ms, or at once if one fails. If too many are running, it
+/// replaces the oldest. Sets the options of [`set_tcp_options`], but leaves keepalive to the caller.
 ///
 /// # Errors
 /// The most specific error of all attempts. Attempts that are still running at `deadline` count as timed out.
-pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Dialed, DialError> {
+pub async fn dial(
+    addrs: Vec<SocketAddr>,
+    local: LocalAddr,
+    limits: &dyn DialLimits,
+    deadline: Instant,
+) -> Result<Dialed, DialError> {
     // Most targets have one address, and need neither the queue nor a list of attempts.
     if let [addr] = addrs.as_slice()
         && local.can_reach(addr.ip())
@@ -162,11 +197,15 @@ pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -
         return timeout_at(deadline, attempt(*addr, local)).await.unwrap_or(Err(DialError::TimedOut));
     }
     let mut queue = interleave(addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect());
-    let mut attempts: Vec<Attempt> = Vec::new();
+    queue.truncate(MAX_ADDRS_TRIED);
+    let mut attempts = VecDeque::new();
     let mut most_specific = None;
     loop {
         match queue.pop_front() {
-            Some(addr) => attempts.push(Box::pin(attempt(addr, local))),
+            Some(addr) => {
+                let is_replaced = replace_or_add(&mut attempts, limits, Box::pin(attempt(addr, local)));
+                most_specific = most_specific.max(is_replaced.then_some(DialError::TimedOut));
+            }
             None if attempts.is_empty() => return Err(most_specific.unwrap_or(DialError::FamilyUnavailable)),
             None => {}
         }
@@ -185,6 +224,20 @@ pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -
             None => {}
         }
     }
+}
+
+/// The attempts that are running, oldest first. All but one count against the limits.
+type Attempts = VecDeque<(Option<LimitGuard>, Attempt)>;
+
+/// Adds an attempt. At a limit, it replaces the oldest one: then returns true.
+fn replace_or_add(attempts: &mut Attempts, limits: &dyn DialLimits, attempt: Attempt) -> bool {
+    let may_add = (1..MAX_ATTEMPTS).contains(&attempts.len());
+    let mut guard = may_add.then(|| limits.start_extra_attempt()).flatten();
+    let replaced = if guard.is_none() { attempts.pop_front() } else { None };
+    let is_replaced = replaced.is_some();
+    guard = guard.or_else(|| replaced?.0);
+    attempts.push_back((guard, attempt));
+    is_replaced
 }
 
 /// A new connection and its target.
@@ -237,12 +290,12 @@ pub async fn connect_unix(path: &Path) -> io::Result<Io<Socket>> {
 }
 
 /// Waits until an attempt has finished, and removes it.
-async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Dialed, DialError> {
+async fn first_done(attempts: &mut Attempts) -> Result<Dialed, DialError> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
-            let polled = attempts.get_mut(i).map(|attempt| attempt.as_mut().poll(cx));
+            let polled = attempts.get_mut(i).map(|(_, attempt)| attempt.as_mut().poll(cx));
             if let Some(Poll::Ready(done)) = polled {
-                drop(attempts.swap_remove(i));
+                drop(attempts.remove(i));
                 return Poll::Ready(done);
             }
         }

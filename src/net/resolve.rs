@@ -1,67 +1,55 @@
 //! Name resolution on other threads, and IP addresses in any notation.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
 
 use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
+use nix::libc;
 use rustix::pipe::{PipeFlags, pipe_with};
-use smol::lock::Semaphore;
 
-use super::dial::{DialError, with_scope};
+use super::dial::{DialError, DialLimits, with_scope};
 use super::threads::unblock;
 
-/// Maximum concurrent calls of getaddrinfo(3). Each occupies a thread.
-const MAX_LOOKUPS: usize = 256;
 const MAX_ADDRS_PER_NAME: usize = 32;
 
-/// The system's resolver, with a limit of concurrent lookups. Clones share the limit.
-#[derive(Clone, Debug)]
-pub struct Resolver {
-    permits: Arc<Semaphore>,
-}
-
-impl Default for Resolver {
-    fn default() -> Self {
-        Self { permits: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
-    }
-}
-
-impl Resolver {
-    /// Returns the addresses of `name`, canonical and without duplicates. IP addresses are not looked up. The caller
-    /// limits the time.
-    ///
-    /// # Errors
-    /// [`DialError::NameNotFound`], [`DialError::NoInterface`], [`DialError::FamilyUnavailable`],
-    /// [`DialError::Resolver`] or [`DialError::LocalResources`].
-    pub async fn lookup(&self, name: &str, port: u16) -> Result<Vec<SocketAddr>, DialError> {
-        let is_zoned = zoned_address(name).is_some();
-        if let Some(ip) = parse_literal(name).filter(|_| !is_zoned) {
-            return Ok(vec![canonical(ip, port)]);
-        }
-        if !is_host_name(name) && !is_zoned {
-            return Err(DialError::NameNotFound);
-        }
-        let name = name.to_owned();
-        let permit = self.permits.acquire_arc().await;
-        let found = unblock(move || {
-            let _permit = permit;
-            let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
-            let found =
-                getaddrinfo(Some(&name), None, Some(hints)).map_err(|error| match lookup_error(error.kind()) {
-                    DialError::NameNotFound if is_zoned => DialError::NoInterface,
-                    error => error,
-                })?;
-            let mut addrs: Vec<SocketAddr> = Vec::new();
-            for info in found.flatten().take(MAX_ADDRS_PER_NAME) {
-                let addr = with_scope(canonical(info.sockaddr.ip(), port), info.sockaddr);
-                if !addrs.contains(&addr) {
-                    addrs.push(addr);
-                }
-            }
-            if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(addrs) }
+/// Returns the addresses of `name`, canonical and without duplicates. IP addresses neither wait nor count as lookups.
+/// The caller limits the time. A lookup that has begun counts until its end, also if its result is no longer awaited.
+///
+/// # Errors
+/// [`DialError::NameNotFound`], [`DialError::NoInterface`], [`DialError::FamilyUnavailable`],
+/// [`DialError::Resolver`] or [`DialError::LocalResources`].
+pub async fn lookup(name: &str, port: u16, limits: &dyn DialLimits) -> Result<Vec<SocketAddr>, DialError> {
+    if zoned_address(name).is_some() {
+        return system_lookup(name, port, libc::AI_NUMERICHOST).map_err(|error| match error {
+            DialError::NameNotFound => DialError::NoInterface,
+            error => error,
         });
-        found.await.unwrap_or(Err(DialError::LocalResources))
     }
+    if let Some(ip) = parse_literal(name) {
+        return Ok(vec![canonical(ip, port)]);
+    }
+    if !is_host_name(name) {
+        return Err(DialError::NameNotFound);
+    }
+    let (name, guard) = (name.to_owned(), limits.start_lookup().await);
+    let found = unblock(move || {
+        let _guard = guard;
+        system_lookup(&name, port, 0)
+    });
+    found.await.unwrap_or(Err(DialError::LocalResources))
+}
+
+/// Calls getaddrinfo(3).
+fn system_lookup(name: &str, port: u16, flags: i32) -> Result<Vec<SocketAddr>, DialError> {
+    let hints = AddrInfoHints { socktype: SockType::Stream.into(), flags, ..AddrInfoHints::default() };
+    let found = getaddrinfo(Some(name), None, Some(hints)).map_err(|error| lookup_error(error.kind()))?;
+    let mut addrs: Vec<SocketAddr> = Vec::new();
+    for info in found.flatten().take(MAX_ADDRS_PER_NAME) {
+        let addr = with_scope(canonical(info.sockaddr.ip(), port), info.sockaddr);
+        if !addrs.contains(&addr) {
+            addrs.push(addr);
+        }
+    }
+    if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(addrs) }
 }
 
 /// Returns the port of a TCP or UDP service by its name, as getservbyname(3) does. If the service has no port for this

@@ -53,8 +53,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
     session.reply_success(control, bnd.into(), || None).await?;
     let _guard = COUNTERS.count_association();
-    let (resolver, timeout) = (session.server().resolver.clone(), session.server().options.connect_timeout);
-    let name_cache = NameCache::new(resolver, timeout);
+    let name_cache = NameCache::new(session.dial_limits(), session.server().options.connect_timeout);
     let relay = AssociationRelay {
         rate_limit: session.permit.rate_limit(),
         session,
@@ -357,7 +356,9 @@ impl AssociationRelay<'_> {
         if self.egress.sent_to.insert_through_hop(dst) {
             log.log_target(dst, None, Some(hop));
         }
-        self.egress.upstream(log, index, hop).is_some_and(|upstream| upstream.send(&permit.server, dst, data))
+        self.egress
+            .upstream(log, index, hop)
+            .is_some_and(|upstream| upstream.send(&permit.server, log.client_key(), dst, data))
     }
 
     /// Sends the datagrams whose names have been resolved. Returns false if there are none.

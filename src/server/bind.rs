@@ -58,7 +58,7 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> 
 
 async fn bind_via_hop(session: &mut Session, client: &mut Conn, dst: &Addr, hop: &Hop) -> SessionResult<Conn> {
     let deadline = Instant::now() + session.server().options.connect_timeout;
-    let proxy = session.server().hop_client(hop, dst.clone(), deadline);
+    let proxy = session.server().hop_client(session.log.client_key(), hop, dst.clone(), deadline);
     let requested = async { proxy.request(Command::Bind).await.map_err(SessionError::from_upstream) };
     let (mut conn, bnd) = session.cancellable(client, requested).await?;
     session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;

@@ -6,9 +6,9 @@ use std::time::Instant;
 use super::options::Hop;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
-use super::state::{Server, Session};
+use super::state::Session;
 use crate::conn::Conn;
-use crate::net::{LocalAddr, dial};
+use crate::net::{LocalAddr, MAX_ADDRS_TRIED, dial};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Command, Host};
 
@@ -31,7 +31,7 @@ pub(super) async fn serve(
     let connecting = async {
         match &hop {
             None => {
-                let dialed = dial(addrs, LocalAddr::default(), deadline).await;
+                let dialed = dial(addrs, LocalAddr::default(), &session.dial_limits(), deadline).await;
                 let (target, addr) = dialed.map_err(|error| SessionError::from_dial(error, dst))?;
                 let target = Conn::Tcp(target);
                 let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
@@ -40,7 +40,7 @@ pub(super) async fn serve(
             Some(hop) => {
                 let targets =
                     if addrs.is_empty() { vec![dst.clone()] } else { addrs.into_iter().map(Addr::from).collect() };
-                Box::pin(connect_via(session.server(), hop, targets, deadline)).await
+                Box::pin(connect_via(session, hop, targets, deadline)).await
             }
         }
     };
@@ -57,10 +57,10 @@ pub(super) async fn serve(
 type Connected = (Conn, Addr, Option<SocketAddr>);
 
 /// Requests one target after the other from the hop, until one succeeds.
-async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: Instant) -> SessionResult<Connected> {
+async fn connect_via(session: &Session, hop: &Hop, targets: Vec<Addr>, deadline: Instant) -> SessionResult<Connected> {
     let mut last_error = SessionError::general_failure("no target address");
-    for dst in targets {
-        let client = server.hop_client(hop, dst.clone(), deadline);
+    for dst in targets.into_iter().take(MAX_ADDRS_TRIED) {
+        let client = session.server().hop_client(session.log.client_key(), hop, dst.clone(), deadline);
         match client.request(Command::Connect).await {
             Ok((conn, bnd)) => {
                 let addr = match dst.host {

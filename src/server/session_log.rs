@@ -16,6 +16,7 @@ use log::Level;
 
 use super::counters::COUNTERS;
 use super::options::Hop;
+use super::shares::ClientKey;
 use super::worker;
 use crate::net::{ByteCounts, DialError, canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
@@ -184,6 +185,10 @@ impl SessionLog {
     }
 
     /// Returns the access request of the session without a target.
+    pub(super) fn client_key(&self) -> ClientKey {
+        ClientKey::new(self.client().map(|client| client.ip()))
+    }
+
     pub(super) fn client_request(&self) -> AccessRequest<'_> {
         AccessRequest { identity: self.identity(), command: self.command, ..request_from(self.client()) }
     }

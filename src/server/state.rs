@@ -8,16 +8,18 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
+use super::dial_shares::{ClientDialShares, DialShares};
 use super::limiter::{Limiter, SessionQuota};
 use super::options::{Hop, Options};
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
 use super::reply::{SessionError, SessionResult};
 use super::session_log::SessionLog;
 use super::shared_ports::SharedPorts;
+use super::shares::ClientKey;
 use super::worker::WorkerPool;
-use crate::client::{Client, lookup};
+use crate::client::{Client, ClientOptions, lookup};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
-use crate::net::{DialError, RateLimit, RelayOptions, Resolver, sleep, timeout_at};
+use crate::net::{DialError, RateLimit, RelayOptions, sleep, timeout_at};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Host, Rep, Reply};
 
@@ -26,17 +28,19 @@ pub(super) struct Server {
     pub(super) options: Options,
     pub(super) policy: PolicyHandle,
     pub(super) limiter: Limiter,
-    pub(super) resolver: Resolver,
+    pub(super) dial_shares: DialShares,
     pub(super) relay_options: RelayOptions,
     pub(super) workers: WorkerPool,
     pub(super) shared_ports: Arc<SharedPorts>,
 }
 
 impl Server {
-    /// Returns a client that requests `dst` through `hop`.
-    pub(super) fn hop_client(&self, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
+    /// Returns a client that requests `dst` through `hop`, with the shares of a client of this server.
+    pub(super) fn hop_client(&self, client: ClientKey, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
         let remaining = deadline.saturating_duration_since(Instant::now());
-        Client::new(hop.proxies(), dst, Some(remaining), self.options.hop_options.clone())
+        let limits = Some(Arc::new(self.dial_shares.of(client)) as _);
+        let options = ClientOptions { limits, ..(*self.options.hop_options).clone() };
+        Client::new(hop.proxies(), dst, Some(remaining), Arc::new(options))
     }
 
     /// Returns a hop by its index in `Options::hops`.
@@ -100,8 +104,14 @@ impl Session {
         ip.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
     }
 
+    /// Returns the limits of lookups and connection attempts for the client.
+    pub(super) fn dial_limits(&self) -> ClientDialShares {
+        self.server().dial_shares.of(self.log.client_key())
+    }
+
     pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> SessionResult<Vec<SocketAddr>> {
-        let found = timeout_at(deadline, lookup(&self.server().resolver, dst)).await;
+        let limits = self.dial_limits();
+        let found = timeout_at(deadline, lookup(dst, &limits)).await;
         let found = found.unwrap_or(Err(DialError::Resolver));
         if let Host::Name(_) = dst.host {
             self.log.log_lookup(None, &found);
@@ -125,7 +135,9 @@ impl Session {
     ) -> impl Future<Output = SessionResult<T>> {
         let disconnected = async {
             client.wait_eof().await;
-            sleep(HALF_CLOSED_GRACE).await;
+            if !client.is_reset() {
+                sleep(HALF_CLOSED_GRACE).await;
+            }
             Err(SessionError::silent("client disconnected before the reply"))
         };
         work.or(disconnected).or(self.denied_by_reload())

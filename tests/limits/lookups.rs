@@ -18,14 +18,123 @@ fn threads(server: &Server) -> (Vec<String>, u64) {
     (names, waits.into_iter().sum())
 }
 
-/// Sends a CONNECT to each name, from a connection of its own.
-fn request_names(server: &Server, names: impl Iterator<Item = String>) -> Vec<TcpStream> {
-    let request = |name: String| {
-        let mut stream = greet(server);
-        stream.write_all(&request_by_name(CONNECT, &name, 9)).expect("request sent");
-        stream
-    };
-    names.map(request).collect()
+/// Connects from `ip`, and sends a request by name.
+fn request_from(server: &Server, ip: IpAddr, command: u8, name: &str, port: u16) -> TcpStream {
+    let mut stream = connect_from_ip(server, ip);
+    stream.write_all(&[5, 1, 0]).expect("greeting sent");
+    assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+    stream.write_all(&request_by_name(command, name, port)).expect("request sent");
+    stream
+}
+
+/// Opens an association from `ip`. Returns its control connection, a socket and the address to send to.
+fn associate_from(server: &Server, ip: IpAddr) -> (TcpStream, UdpSocket, SocketAddr) {
+    let mut control = request_from(server, ip, UDP_ASSOCIATE, "0.0.0.0", 0);
+    let (rep, bnd) = read_reply(&mut control);
+    assert_eq!(rep, 0);
+    let socket = UdpSocket::bind((ip, 0)).expect("free port");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    (control, socket, bnd)
+}
+
+/// Sends a datagram to a name.
+fn send_to_name((_, socket, bnd): &(TcpStream, UdpSocket, SocketAddr), name: &str, port: u16) {
+    let mut datagram = request_by_name(0, name, port);
+    datagram[0] = 0;
+    socket.send_to(&datagram, bnd).expect("datagram sent");
+}
+
+/// Uses names that no server answers for, from one of several addresses of one client. Returns what keeps the requests alive.
+type Flood = fn(&Server, &dyn Fn(usize) -> IpAddr) -> Vec<Box<dyn std::any::Any>>;
+
+fn flood_with(server: &Server, ip: &dyn Fn(usize) -> IpAddr, command: u8) -> Vec<Box<dyn std::any::Any>> {
+    (0..300).map(|n| Box::new(request_from(server, ip(n), command, &format!("silent.n{n}"), 9)) as _).collect()
+}
+
+const FLOODS: [(&str, Flood); 4] = [
+    ("CONNECT", |server, ip| flood_with(server, ip, CONNECT)),
+    ("BIND", |server, ip| flood_with(server, ip, BIND)),
+    ("datagrams", |server, ip| {
+        let associate = |n| {
+            let association = associate_from(server, ip(n));
+            (0..16).for_each(|name| send_to_name(&association, &format!("silent.n{n}.n{name}"), 9));
+            Box::new(association) as _
+        };
+        (0..20).map(associate).collect()
+    }),
+    ("clients that leave", |server, ip| {
+        let leave = |n| reset(request_from(server, ip(n), CONNECT, &format!("silent.n{n}"), 9));
+        (0..300).for_each(leave);
+        Vec::new()
+    }),
+];
+
+/// Fails unless a client at `ip` is served at once, with names and without.
+fn assert_served_at_once(what: &str, server: &Server, ip: IpAddr, names: &[&str]) {
+    let (target, target_udp) = (echo_server(), udp_echo_server(V4));
+    for name in names {
+        let (time, ()) = timed(|| {
+            assert_eq!(read_reply(&mut request_from(server, ip, CONNECT, name, target.port())).0, 0, "{what}: {name}");
+            assert_eq!(read_reply(&mut request_from(server, ip, BIND, name, 9)).0, 0, "{what}: {name}");
+            let association = associate_from(server, ip);
+            send_to_name(&association, name, target_udp.port());
+            retry(|| association.1.recv(&mut [0; 64])).expect("an answer");
+        });
+        assert!(time < Duration::from_secs(2), "{what}: {name} from {ip} took {time:?}");
+    }
+}
+
+fn distinct(queries: &dns::Queries) -> usize {
+    queries.lock().expect("not poisoned").iter().collect::<BTreeSet<_>>().len()
+}
+
+#[test]
+fn lookups_of_one_client_do_not_delay_other_clients() {
+    enter_namespace!("", dns::RESOLV);
+    let queries = dns::start();
+    for (what, flood) in FLOODS {
+        let server = Server::start(&["--connect-timeout", "60"]);
+        queries.lock().expect("not poisoned").clear();
+        let _flood = flood(&server, &|_| V4);
+        wait_until("names are looked up", TIMEOUT, || distinct(&queries) >= 8);
+        assert_served_at_once(what, &server, [127, 0, 0, 2].into(), &["good.example", "127.0.0.1"]);
+        // Addresses need no lookup, however they are written.
+        assert_served_at_once(what, &server, V4, &["127.0.0.1", "127.1"]);
+    }
+}
+
+#[test]
+fn lookups_of_one_ipv6_network_do_not_delay_other_networks() {
+    enter_namespace!("", dns::RESOLV);
+    let queries = dns::start();
+    let own = |network: u16, host| IpAddr::from([0x2001, 0xdb8, 0, network, 0, 0, 0, host]);
+    for ip in (1..9).map(|host| own(1, host)).chain([own(2, 1)]) {
+        let added = Command::new("ip").args(["address", "add", &format!("{ip}/128"), "dev", "lo"]).status();
+        assert!(added.expect("ip runs").success());
+    }
+    let server = serve("[::]:0", 1, &["--allow-open-relay", "--allow", "to=127.0.0.1", "--connect-timeout", "60"]);
+    let _flood = flood_with(&server, &|n| own(1, u16::try_from(n % 8 + 1).expect("16 bits")), CONNECT);
+    wait_until("names are looked up", TIMEOUT, || distinct(&queries) >= 8);
+    let port = echo_server().port();
+    let (time, (rep, _)) = timed(|| read_reply(&mut request_from(&server, own(2, 1), CONNECT, "good.example", port)));
+    assert_eq!(rep, 0);
+    assert!(time < Duration::from_secs(2), "{time:?}");
+}
+
+#[test]
+fn lookups_that_wait_are_cancelled_when_the_client_leaves() {
+    enter_namespace!("", RESOLV);
+    let queries = dns::start();
+    let server = Server::start(&["--connect-timeout", "60"]);
+    let flood = flood_with(&server, &|_| V4, CONNECT);
+    wait_until("names are looked up", TIMEOUT, || distinct(&queries) >= 8);
+    drop(flood);
+    // Those that have begun end after a second.
+    let target = echo_server();
+    let mut stream = request_from(&server, V4, CONNECT, "good.example", target.port());
+    assert_eq!(read_reply(&mut stream).0, 0);
+    let looked_up = distinct(&queries);
+    assert!(looked_up < 200, "{looked_up} names were looked up");
 }
 
 #[test]
@@ -34,7 +143,8 @@ fn threads_of_lookups_end_and_an_idle_server_does_not_wake_up() {
     dns::start();
     let server = Server::start(&["--threads", "2"]);
     let (before, _) = threads(&server);
-    for mut stream in request_names(&server, (0..60).map(|n| format!("silent.n{n}"))) {
+    let names = (0..60).map(|n| format!("silent.n{n}"));
+    for mut stream in names.map(|name| request_from(&server, V4, CONNECT, &name, 9)).collect::<Vec<_>>() {
         assert_eq!(read_reply(&mut stream).0, 1);
     }
     wait_until("all threads of lookups have ended", TIMEOUT, || threads(&server).0 == before);

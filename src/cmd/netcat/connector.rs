@@ -12,7 +12,7 @@ use super::{credentials, proxies};
 use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Phase, Proxy};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
 use crate::gssapi::Initiator;
-use crate::net::{LocalAddr, Resolver, reactor, sleep, timeout_at};
+use crate::net::{LocalAddr, reactor, sleep, timeout_at};
 use crate::proto::{Addr, Command, Method};
 
 /// Default for `-w`: the time limit of a handshake. A proxy that connects through other proxies may be slow.
@@ -65,7 +65,7 @@ impl Connector {
         let options = Arc::new(ClientOptions {
             methods,
             gssapi,
-            resolver: Resolver::default(),
+            limits: None,
             local,
             resolves_target: args.resolves_target,
             proxy_is_udp_relay: args.udp_relay,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::request::ExplainedRequest;
 use crate::client::lookup;
 use crate::cmd::cli::exit::{CliError, ExitStatus, escape};
-use crate::net::{Resolver, canonical, parse_literal, reactor, timeout_at};
+use crate::net::{Unlimited, canonical, parse_literal, reactor, timeout_at};
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 use crate::policy::{Policy, is_reachable};
 use crate::proto::{Addr, Host};
@@ -150,8 +150,7 @@ impl Explanation<'_> {
 }
 
 fn resolve(to: &Addr, timeout: Duration) -> Result<Vec<IpAddr>, String> {
-    let resolver = Resolver::default();
-    let found = timeout_at(Instant::now() + timeout, lookup(&resolver, to));
+    let found = timeout_at(Instant::now() + timeout, lookup(to, &Unlimited));
     match reactor::run(found).map_err(|error| format!("start the event loop: {error}"))? {
         Some(found) => Ok(found.map_err(|error| error.to_string())?.into_iter().map(|addr| addr.ip()).collect()),
         None => Err(format!("no answer from the resolver within {timeout:?}")),

@@ -9,8 +9,9 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use super::super::dial_shares::ClientDialShares;
 use crate::name_addrs::NameAddrs;
-use crate::net::{DialError, Resolver, timeout_at};
+use crate::net::{DialError, lookup, timeout_at};
 use crate::proto::HostName;
 
 /// Maximum number of cached names per association. At the limit, all are removed.
@@ -34,7 +35,7 @@ pub(super) struct Resolved {
 
 /// The addresses of names, and the lookups.
 pub(super) struct NameCache {
-    resolver: Resolver,
+    limits: ClientDialShares,
     /// Time limit of a lookup.
     timeout: Duration,
     names: HashMap<HostName, NameAddrs>,
@@ -51,8 +52,8 @@ struct Lookup {
 }
 
 impl NameCache {
-    pub(super) fn new(resolver: Resolver, timeout: Duration) -> Self {
-        Self { resolver, timeout, names: HashMap::new(), lookups: Vec::new(), unanswered: None }
+    pub(super) fn new(limits: ClientDialShares, timeout: Duration) -> Self {
+        Self { limits, timeout, names: HashMap::new(), lookups: Vec::new(), unanswered: None }
     }
 
     /// Returns the address to send a datagram to, if the name is resolved.
@@ -111,9 +112,9 @@ impl NameCache {
         if self.lookups.len() >= MAX_CONCURRENT_LOOKUPS {
             return None;
         }
-        let (resolver, lookup_name, deadline) = (self.resolver.clone(), name.clone(), now + self.timeout);
+        let (limits, lookup_name, deadline) = (self.limits.clone(), name.clone(), now + self.timeout);
         let addrs = Box::pin(async move {
-            let found = timeout_at(deadline, resolver.lookup(lookup_name.as_str(), 0)).await;
+            let found = timeout_at(deadline, lookup(lookup_name.as_str(), 0, &limits)).await;
             found.unwrap_or(Err(DialError::Resolver))
         });
         self.lookups.push(Lookup { name: name.clone(), started: now, addrs, waiting: Vec::new() });

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::super::options::Hop;
 use super::super::reply::{SessionError, SessionResult};
+use super::super::shares::ClientKey;
 use super::super::state::{Server, Session};
 use crate::client::{Association, ClientError};
 use crate::conn::Conn;
@@ -70,9 +71,13 @@ impl Upstream {
     }
 
     /// Opens an association with the hop within the connect timeout.
-    pub(super) fn open(server: &Server, hop: &Hop) -> impl Future<Output = Result<Association, ClientError>> + use<> {
+    pub(super) fn open(
+        server: &Server,
+        client: ClientKey,
+        hop: &Hop,
+    ) -> impl Future<Output = Result<Association, ClientError>> + use<> {
         let deadline = Instant::now() + server.options.connect_timeout;
-        let client = server.hop_client(hop, Addr::UNSPECIFIED, deadline);
+        let client = server.hop_client(client, hop, Addr::UNSPECIFIED, deadline);
         async move { client.associate().await }
     }
 
@@ -92,14 +97,14 @@ impl Upstream {
     }
 
     /// Sends one datagram, or stores it until the association is open. Returns true if it has been sent.
-    pub(super) fn send(&mut self, server: &Server, dst: &Addr, data: &[u8]) -> bool {
+    pub(super) fn send(&mut self, server: &Server, client: ClientKey, dst: &Addr, data: &[u8]) -> bool {
         if let Some(is_sent) = self.send_open(dst, data) {
             return is_sent;
         }
         let now = Instant::now();
         if matches!(self.state, UpstreamState::Closed) && now >= self.next_attempt {
             self.next_attempt = now + RETRY_INTERVAL;
-            self.state = UpstreamState::Opening(Box::pin(Self::open(server, &self.hop)));
+            self.state = UpstreamState::Opening(Box::pin(Self::open(server, client, &self.hop)));
         }
         let waiting: usize = self.waiting.iter().map(|(_, data)| data.len() + DATAGRAM_OVERHEAD).sum();
         let is_opening = matches!(self.state, UpstreamState::Opening(_));
@@ -158,7 +163,7 @@ pub(super) async fn open_only_route(session: &mut Session, control: &Conn) -> Se
     let Some(Route::Hop(index)) = only_route(session) else { return Ok(Vec::new()) };
     let hop = session.server().hop(index)?;
     session.log.add_via(&hop);
-    let opening = Upstream::open(session.server(), &hop);
+    let opening = Upstream::open(session.server(), session.log.client_key(), &hop);
     let opening = async { opening.await.map_err(SessionError::from_upstream) };
     let association = session.cancellable(control, opening).await?;
     let mut upstream = Upstream::new(index, hop);

@@ -104,32 +104,6 @@ fn connect_rep_depends_on_the_resolver_error() {
 }
 
 #[test]
-fn connect_pending_lookups_do_not_delay_other_sessions() {
-    const LOOKUPS: usize = 300;
-    enter_namespace!("", dns::RESOLV);
-    let queries = dns::start();
-    let server = Server::start(&["--connect-timeout", "60"]);
-    let dst = echo_server();
-    let waiting: Vec<_> = (0..LOOKUPS)
-        .map(|number| {
-            let mut stream = greet(&server);
-            stream.write_all(&request_by_name(CONNECT, &format!("silent.n{number}"), 9)).expect("request sent");
-            stream
-        })
-        .collect();
-    // The server limits simultaneous lookups to fewer than 300.
-    wait_until("100 names are queried", Duration::from_secs(10), || {
-        let mut names = queries.lock().expect("not poisoned").clone();
-        names.sort_unstable();
-        names.dedup();
-        names.len() >= 100
-    });
-    let time = fastest(|| assert_eq!(open(&server, CONNECT, dst).1, 0));
-    assert!(time < Duration::from_millis(100), "{time:?}");
-    drop(waiting);
-}
-
-#[test]
 fn connect_lookup_is_cancelled_when_the_client_disconnects() {
     enter_namespace!("", dns::RESOLV);
     let queries = dns::start();
