@@ -89,7 +89,7 @@ pub enum Action {
 }
 
 /// Returns the syntax of the command line.
-fn syntax() -> Syntax {
+pub fn syntax() -> Syntax {
     let connect = "Connect to a target through SOCKS5 proxies; stdin and stdout are the tunnel";
     let bind = "Accept one connection through a SOCKS5 proxy; stdin and stdout are the tunnel";
     let udp = "Send stdin as datagrams through SOCKS5 proxies, and print the answers";

@@ -30,28 +30,3 @@ pub fn parse_addr_or_host(text: &str, default_port: u16) -> Result<Addr, String>
     }
     Addr::parse_with(text, Some(default_port), |port| parse_port(port, false))
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ipv6_address_without_brackets_is_ambiguous_if_it_may_end_with_a_port() {
-        for text in ["fd77:1::1:1080", "::1:1080", "fe80::1:0", "1:2:3:4:5:6::7:8"] {
-            assert!(parse_addr_or_host(text, 1).is_err_and(|error| error.contains("is ambiguous")), "{text}");
-        }
-        let table = [
-            ("::1", "[::1]:1"),
-            ("fd77::1", "[fd77::1]:1"),
-            ("fd77:1::1:a080", "[fd77:1::1:a080]:1"),
-            ("1:2:3:4:5:6:7:8", "[1:2:3:4:5:6:7:8]:1"),
-            ("[fd77:1::1:1080]", "[fd77:1::1:1080]:1"),
-            ("[fd77:1::1]:1080", "[fd77:1::1]:1080"),
-            ("::1:99999", "invalid IPv6 address \"::1:99999\""),
-        ];
-        for (text, expected) in table {
-            let shown = parse_addr_or_host(text, 1).map_or_else(|error| error, |addr| addr.to_string());
-            assert_eq!(shown, expected, "{text}");
-        }
-    }
-}

@@ -1,6 +1,6 @@
 //! How a command line is read and answered: arguments, values, help, manual, errors and exit statuses.
 
-pub(super) mod argv;
+pub mod argv;
 pub(super) mod completions;
 pub mod exit;
 pub(super) mod help;
@@ -9,6 +9,6 @@ pub(super) mod logger;
 pub(super) mod manual;
 pub(super) mod output_file;
 pub(super) mod secrets;
-pub(super) mod syntax;
+pub mod syntax;
 pub(super) mod text_file;
-pub(super) mod values;
+pub mod values;

@@ -382,26 +382,4 @@ mod tests {
         let order: Vec<String> = interleave(addrs.to_vec()).iter().map(ToString::to_string).collect();
         assert_eq!(order, ["[::1]:1", "10.0.0.1:1", "[::2]:1", "[::3]:1"]);
     }
-
-    #[test]
-    fn connect_errno_maps_to_dial_error() {
-        let v4 = "127.0.0.1:1".parse().expect("an address");
-        let v6 = "[::1]:1".parse().expect("an address");
-        let table = [
-            (Errno::CONNREFUSED, v4, DialError::Refused),
-            (Errno::NETUNREACH, v4, DialError::NetworkUnreachable),
-            (Errno::HOSTUNREACH, v4, DialError::HostUnreachable),
-            (Errno::TIMEDOUT, v4, DialError::TimedOut),
-            (Errno::AFNOSUPPORT, v6, DialError::FamilyUnavailable),
-            (Errno::ADDRNOTAVAIL, v6, DialError::FamilyUnavailable),
-            (Errno::ADDRNOTAVAIL, v4, DialError::LocalResources),
-            (Errno::INVAL, "[fe80::1]:1".parse().expect("an address"), DialError::ZoneRequired),
-            (Errno::INVAL, v4, DialError::LocalResources),
-            (Errno::MFILE, v4, DialError::LocalResources),
-            (Errno::PERM, v4, DialError::Denied),
-        ];
-        for (errno, addr, error) in table {
-            assert_eq!(DialError::from_connect(&errno.into(), addr), error, "{errno}");
-        }
-    }
 }

@@ -18,6 +18,7 @@ mod streams;
 #[path = "../support/mod.rs"]
 mod support;
 mod table;
+mod texts;
 mod udp;
 mod udp_names;
 mod wire;

@@ -50,7 +50,7 @@ const FOREIGN: [(&[&str], &[&str], &str); 5] = [
 ///
 /// # Errors
 /// An unrecognized mode or option, a missing value, or a value for an option that does not take one.
-pub(crate) fn normalize<'a>(args: &[String], program: &'a Syntax) -> Result<(&'a Syntax, Option<Vec<String>>), String> {
+pub fn normalize<'a>(args: &[String], program: &'a Syntax) -> Result<(&'a Syntax, Option<Vec<String>>), String> {
     let is_help = args.first().is_some_and(|first| first == "help");
     let args = if is_help { args.get(1..).unwrap_or_default() } else { args };
     let (syntax, args) = match args.split_first() {
@@ -198,85 +198,4 @@ impl<'a> Normalizer<'a> {
 
 fn is_switch(flag: &FlagInfo<'_>) -> bool {
     value_name(flag).is_none()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cmd::{help, syntax};
-
-    /// Returns the mode and the arguments for argh, the first line of the help, or the error.
-    fn normalize_line(line: &str) -> String {
-        let args: Vec<String> = line.split(' ').map(String::from).collect();
-        let program = syntax();
-        match normalize(&args, &program) {
-            Ok((syntax, Some(args))) => format!("{} {}", syntax.name, args.join(" ")).trim().into(),
-            Ok((syntax, None)) => help::text(syntax).lines().next().unwrap_or_default().into(),
-            Err(error) => error,
-        }
-    }
-
-    #[test]
-    fn arguments_are_separated_aliases_replaced_and_typing_errors_corrected() {
-        let table = [
-            ("connect -x proxy -w 3 host 80", "connect -x proxy -w 3 -- host 80"),
-            ("connect -xproxy -w3 host:80", "connect -x proxy -w 3 -- host:80"),
-            ("connect -vw3 host:80", "connect -v -w 3 -- host:80"),
-            ("connect -vvw=3 host:80", "connect -v -v -w 3 -- host:80"),
-            ("connect -zv4w3 host:80", "connect -z -v -4 -w 3 -- host:80"),
-            ("connect --proxy=a=b --timeout=3 host:80", "connect --proxy a=b --timeout 3 -- host:80"),
-            ("connect --proxy= host:80", "connect --proxy  -- host:80"),
-            ("connect -x= host:80", "connect -x  -- host:80"),
-            ("connect -x -v host:80", "connect -x -v -- host:80"),
-            ("connect help 80 -v", "connect -v -- help 80"),
-            ("connect -- -v -w3", "connect -- -v -w3"),
-            ("connect - host", "connect -- - host"),
-            ("serve --listen=*:1080 -qv", "serve --listen *:1080 -q -v"),
-            ("--version", "--version"),
-            ("connect --help", "Usage: s5 connect [options] [target]"),
-            ("help bind", "Usage: s5 bind [options] [peer]"),
-            ("udp -vh", "Usage: s5 udp [options] [target]"),
-            ("-h", "Usage: s5 <mode> [options]"),
-            ("connect --no-proxy host:80", "connect --direct -- host:80"),
-            ("udp --resolve=local host:80", "udp --proxy-dns local -- host:80"),
-            ("connect --wait 3 host:80", "connect --retry 3 -- host:80"),
-            ("bind --bound-to=file", "bind --address-file file"),
-            ("serve --drain 3", "serve --drain-timeout 3"),
-            ("serve --open", "serve --allow-open-relay"),
-            ("serve --wait 3", "unrecognized option --wait"),
-            ("connect --porxy a b", "unrecognized option --porxy (did you mean --proxy?)"),
-            ("serve --user f", "unrecognized option --user (did you mean --users?)"),
-            ("serve --nonsense", "unrecognized option --nonsense"),
-            ("serve --drian 3", "unrecognized option --drian (did you mean --drain-timeout?)"),
-            ("serve --bound-t f", "unrecognized option --bound-t"),
-            ("serve --port 1", "unrecognized option --port (use --listen [ADDR:]PORT)"),
-            ("serve -p 1", "unrecognized option -p (use --listen [ADDR:]PORT)"),
-            ("serve --bind a", "unrecognized option --bind"),
-            ("serve --liten a", "unrecognized option --liten (did you mean --listen?)"),
-            ("connect --port 1", "unrecognized option --port (write the port after the host: HOST:PORT)"),
-            ("connect --check a", "unrecognized option --check (use -z)"),
-            ("connect --chek a", "unrecognized option --chek"),
-            ("connect -u a", "unrecognized option -u (use s5 udp)"),
-            ("udp -zu a", "unrecognized option -u (not necessary: s5 udp always sends datagrams)"),
-            ("connect -n a 80", "connect -- a 80"),
-            ("connect -nzv a 80", "connect -z -v -- a 80"),
-            ("bind -vn", "bind -v"),
-            ("udp -nzv a 80", "udp -z -v -- a 80"),
-            ("udp -zn 3 a 80", "udp -z -n 3 -- a 80"),
-            ("udp -n3 a 80", "udp -n 3 -- a 80"),
-            ("serve -n", "unrecognized option -n"),
-            ("connect --proxy-auth u:p a 80", "connect --proxy-user u:p -- a 80"),
-            ("connect -vZ", "unrecognized option -Z"),
-            ("connect --json host:80", "connect --json fd:2 -- host:80"),
-            ("connect --json=file host:80", "connect --json file -- host:80"),
-            ("connect -Nv --shutdown host:80", "connect -v -- host:80"),
-            ("connect --shutdown=yes host:80", "unrecognized option --shutdown"),
-            ("serve -N", "unrecognized option -N"),
-            ("connect --quiet=yes", "--quiet does not take a value"),
-            ("--versoin", "unrecognized option --versoin (did you mean --version?)"),
-        ];
-        for (line, expected) in table {
-            assert_eq!(normalize_line(line), expected, "{line}");
-        }
-    }
 }

@@ -179,19 +179,3 @@ pub fn plain_os_errors(message: String) -> String {
         message.replace(&error, &(first.to_lowercase() + others))
     })
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn plain_os_errors_removes_numbers_and_capital_letters() {
-        let error = |number| io::Error::from_raw_os_error(number).to_string();
-        let message = format!("a: {} (hint); {}; {}", error(2), error(98), error(2));
-        let plain = "a: no such file or directory (hint); address already in use; no such file or directory";
-        assert_eq!(plain_os_errors(message), plain);
-        for other in ["", "Other (os error x)", "Wrong text (os error 2)", " (os error "] {
-            assert_eq!(plain_os_errors(other.into()), other);
-        }
-    }
-}

@@ -9,9 +9,9 @@ pub(crate) const OPTIONAL_VALUE: (&str, &str) = ("--json", "fd:2");
 
 /// The command line of the program, or of one of its modes.
 #[derive(Default)]
-pub(crate) struct Syntax {
+pub struct Syntax {
     /// Name of the mode; empty for the program.
-    pub(crate) name: &'static str,
+    pub name: &'static str,
     pub(crate) description: &'static str,
     /// Placeholder of the positional argument.
     pub(crate) argument: Option<&'static str>,
@@ -41,7 +41,7 @@ impl Syntax {
     }
 
     /// Returns the synopsis, such as `s5 connect [options] [target]`.
-    pub(crate) fn usage(&self) -> String {
+    pub fn usage(&self) -> String {
         let name = if self.modes.is_empty() { self.name } else { "<mode>" };
         let argument = self.argument.map(|argument| format!(" [{argument}]")).unwrap_or_default();
         format!("{NAME} {name} [options]{argument}")
