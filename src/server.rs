@@ -9,6 +9,7 @@ mod connect;
 mod counters;
 mod dial_shares;
 mod dispatch;
+mod free_memory;
 mod limiter;
 mod listen;
 mod local_addr;

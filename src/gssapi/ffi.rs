@@ -119,6 +119,15 @@ fn open_library(name: OsString) -> LibraryResult<Api> {
     Api::load(library).map_err(|error| format!("{name} {error}"))
 }
 
+/// Returns the free memory of the allocator to the system, where that is glibc's. Not of GSSAPI, but a C function too.
+pub fn release_free_memory() {
+    type MallocTrim = extern "C" fn(pad: usize) -> c_int;
+    // SAFETY: the type is that of malloc_trim(3), which has no preconditions.
+    if let Ok(malloc_trim) = unsafe { Library::this().get::<MallocTrim>(b"malloc_trim\0") } {
+        malloc_trim(0);
+    }
+}
+
 /// Checks that a GSSAPI library can be loaded. The error names the package to install.
 pub fn available() -> LibraryResult<()> {
     api().map(drop)

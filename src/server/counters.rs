@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use super::free_memory::FREE_MEMORY;
 use crate::net::ByteCounts;
 use crate::proto::Rep;
 
@@ -32,11 +33,13 @@ impl Counters {
 
     /// Counts a new session. Returns its number; after 2^32 sessions, the numbers repeat.
     pub(super) fn next_session(&self) -> u32 {
+        FREE_MEMORY.count_session();
         (self.sessions.fetch_add(1, Relaxed) + 1) as u32
     }
 
     /// Counts the end of a session, with the REP of its last reply.
     pub(super) fn count_end(&self, rep: Option<Rep>, bytes: &ByteCounts) {
+        FREE_MEMORY.count_end();
         self.ended_sessions.fetch_add(1, Relaxed);
         self.bytes.up.fetch_add(bytes.up.load(Relaxed), Relaxed);
         self.bytes.down.fetch_add(bytes.down.load(Relaxed), Relaxed);
