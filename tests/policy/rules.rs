@@ -6,7 +6,6 @@ use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, Rule, Rules, parse_rules};
 use s5::proto::{HostName, ProtectionLevel};
 
-mod against_model;
 mod built_in;
 mod early;
 mod generators;

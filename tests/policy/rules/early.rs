@@ -3,14 +3,11 @@
 
 use std::net::SocketAddr;
 
-use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Route, Rules};
 
-use super::generators::{
-    any_request, any_route, any_rule, facts, host_name, is_own_listener, parse_route, write_rules,
-};
-use super::{config, describe, evaluate, rules, rules_with_route};
+use super::generators::{is_own_listener, parse_route};
+use super::{describe, evaluate, rules, rules_with_route};
 
 /// Facts that are known after the login.
 const LOGGED_IN: &str = "method=password user=alice";
@@ -144,7 +141,7 @@ fn is_later(stage: usize, other: usize) -> bool {
 }
 
 /// Checks that a decision at one stage is the same at all stages with more facts.
-fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCaseError> {
+pub fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCaseError> {
     let own_listener = |to: SocketAddr| is_own_listener(to);
     let answers: Vec<Decision<'_>> =
         (0..STAGES).map(|stage| rules.evaluate(&facts_at(all, stage), &own_listener)).collect();
@@ -174,26 +171,6 @@ fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCaseEr
     let by_target = [NO_TARGET, NAME, ADDRESS].map(|target| describe(answers[target * 8 + 7]));
     prop_assert!(all.target_name.is_some() || by_target[NO_TARGET] == by_target[NAME], "{:?}", by_target);
     Ok(())
-}
-
-proptest! {
-    #![proptest_config(config(1000))]
-
-    #[test]
-    fn early_decision_equals_decision_with_all_facts(
-        written in vec(any_rule(), 0..6),
-        requests in vec(any_request(), 3),
-        route in any_route(),
-    ) {
-        let text = write_rules(&written).text;
-        let rules = rules_with_route(route, &text);
-        for plain in &requests {
-            let name = host_name(plain);
-            let all = facts(plain, name.as_ref());
-            let checked = check_stages(&rules, &all);
-            prop_assert!(checked.is_ok(), "{checked:?}\n{text}\n{plain:?}");
-        }
-    }
 }
 
 #[test]

@@ -14,8 +14,8 @@ use s5::proto::{HostName, ProtectionLevel};
 use super::model::{AccessRequest, ClientPattern, Ip, Net, OWN_LISTENERS, Rule, TargetPattern, UserPattern};
 use super::{PROTECTED, UNPROTECTED, ip};
 
-pub const METHODS: [&str; 3] = ["none", "password", "gssapi"];
-pub const COMMANDS: [&str; 3] = ["connect", "bind", "udp"];
+const METHODS: [&str; 3] = ["none", "password", "gssapi"];
+const COMMANDS: [&str; 3] = ["connect", "bind", "udp"];
 
 /// Kind of target address. The last four kinds embed an IPv4 address.
 #[derive(Clone, Copy, Debug)]
@@ -222,10 +222,6 @@ pub fn parse_route(route: &str) -> Route {
         "direct" => Route::Direct,
         hop => Route::Hop(super::hops().iter().position(|name| name == hop).expect("known hop")),
     }
-}
-
-pub fn any_route() -> impl Strategy<Value = Route> {
-    select(&ROUTES[..]).prop_map(parse_route)
 }
 
 /// A rules file.

@@ -1,4 +1,4 @@
-//! A simple model of the rules: numbers, strings and one loop. Does not call s5.
+//! A simple model of the conditions of rules: numbers and strings. Does not call s5.
 
 /// An address as a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,71 +63,9 @@ pub struct AccessRequest {
     pub port: u16,
 }
 
-/// The deciding rule: index of a user rule, or a built-in rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum DecidedBy {
-    UserRule(usize),
-    OwnListener,
-    Protected,
-    DefaultAllow,
-    DefaultDeny,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
-    Allow(DecidedBy, &'static str),
-    Deny(DecidedBy),
-}
-
 /// Listeners of the server.
 pub const OWN_LISTENERS: [(Ip, u16); 3] =
     [(Ip::V4(0xc000_0250), 1080), (Ip::V4(0x7f00_0001), 1080), (Ip::V6(0x2001_0db8 << 96 | 0x50), 1080)];
-
-/// Decides a request. `route` is the route of rules without `via=`.
-pub fn decide(rules: &[Rule], route: &'static str, request: &AccessRequest) -> Answer {
-    for (i, rule) in rules.iter().enumerate() {
-        if matches(rule, request) {
-            return match rule.allow {
-                true => Answer::Allow(DecidedBy::UserRule(i), rule.via.unwrap_or(route)),
-                false => Answer::Deny(DecidedBy::UserRule(i)),
-            };
-        }
-    }
-    if is_own_listener(request) {
-        return Answer::Deny(DecidedBy::OwnListener);
-    }
-    if is_protected(request) {
-        return Answer::Deny(DecidedBy::Protected);
-    }
-    if rules.iter().any(|rule| rule.allow && !rule.from.is_empty()) {
-        return Answer::Deny(DecidedBy::DefaultDeny);
-    }
-    Answer::Allow(DecidedBy::DefaultAllow, route)
-}
-
-/// Returns true if every condition of a rule matches.
-pub fn matches(rule: &Rule, request: &AccessRequest) -> bool {
-    if !rule.from.is_empty() && !rule.from.iter().any(|source| is_from(*source, request.from)) {
-        return false;
-    }
-    if !rule.users.is_empty() && !rule.users.iter().any(|user| is_user(*user, request.user)) {
-        return false;
-    }
-    if !rule.methods.is_empty() && !rule.methods.contains(&request.method) {
-        return false;
-    }
-    if !rule.commands.is_empty() && !rule.commands.contains(&request.command) {
-        return false;
-    }
-    if !rule.ports.is_empty() && !rule.ports.iter().any(|(low, high)| *low <= request.port && request.port <= *high) {
-        return false;
-    }
-    if !rule.to.is_empty() {
-        return rule.to.iter().any(|target| is_to(*target, rule.allow, request));
-    }
-    // An `allow` without `to=` excludes the targets of the built-in denials.
-    !rule.allow || !is_own_listener(request) && !is_protected(request)
-}
 
 pub fn is_own_listener(request: &AccessRequest) -> bool {
     embedded_addrs(request.ip).into_iter().any(|ip| OWN_LISTENERS.contains(&(ip, request.port)))

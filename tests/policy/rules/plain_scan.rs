@@ -1,14 +1,19 @@
 //! Compares the decisions of s5, which has an index of the rules, with a plain scan: all rules one after the other, at
-//! each stage of a request.
+//! each stage of a request. The rules and requests are random, and of every kind.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
-use s5::policy::rules::{Decision, Rules};
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
+use s5::policy::rules::{Decision, Rule as ParsedRule, Rules};
 
-use super::early::{STAGES, facts_at};
+use super::early::{STAGES, check_stages, facts_at};
 use super::generators::{
-    ROUTES, any_request, any_rule, any_target_pattern, facts, host_name, is_own_listener, parse_route, write_rules,
+    ROUTES, RulesFile, any_request, any_rule, any_target_pattern, facts, host_name, is_own_listener, parse_route,
+    write_rules,
 };
 use super::model::{self, Ip, Rule, TargetPattern};
 use super::{config, label, rules_with_route};
@@ -97,11 +102,11 @@ impl Facts {
 type Row = (String, bool, Match, &'static str);
 
 /// Matches all rules.
-fn rows(rules: &[Rule], default_route: &'static str, facts: &Facts) -> Vec<Row> {
+fn rows(rules: &[Rule], file: &RulesFile, default_route: &'static str, facts: &Facts) -> Vec<Row> {
     let mut rows: Vec<Row> = Vec::new();
-    for (i, rule) in rules.iter().enumerate() {
+    for (rule, (line, text)) in rules.iter().zip(&file.lines) {
         let route = rule.via.unwrap_or(default_route);
-        rows.push((format!("line {}", i + 1), rule.allow, facts.matches(rule, route), route));
+        rows.push((format!("rules line {line} ({text})"), rule.allow, facts.matches(rule, route), route));
     }
     if !rules.iter().any(|rule| rule.allow && !rule.from.is_empty()) {
         let matches = facts.matches(&rule_without_conditions(true), default_route);
@@ -146,11 +151,16 @@ fn rule_without_conditions(allow: bool) -> Rule {
     Rule { allow, from: vec![], users: vec![], methods: vec![], commands: vec![], to, ports, via: None, style: 0 }
 }
 
+/// Formats a decision of s5, with origin and text of the rule.
 fn describe(decision: Decision<'_>) -> String {
+    let shown = |rule: &ParsedRule| match rule.origin() {
+        line if line.starts_with("rules ") => format!("{line} ({rule})"),
+        _ => label(rule),
+    };
     match decision {
-        Decision::Allow(rule, route) => format!("allow {} {}", label(rule), name_of(route)),
-        Decision::Deny(rule) => format!("deny {}", label(rule)),
-        Decision::Undecided(rule) => format!("? {}", label(rule)),
+        Decision::Allow(rule, route) => format!("allow {} {}", shown(rule), name_of(route)),
+        Decision::Deny(rule) => format!("deny {}", shown(rule)),
+        Decision::Undecided(rule) => format!("? {}", shown(rule)),
     }
 }
 
@@ -158,10 +168,18 @@ fn name_of(route: s5::policy::rules::Route) -> String {
     ROUTES.iter().find(|name| parse_route(name) == route).expect("known route").to_string()
 }
 
-/// Fails unless s5 and the scan decide alike at each stage of the request.
-fn compare(written: &[Rule], rules: &Rules, route: &'static str, all: model::AccessRequest) -> Result<(), String> {
+/// Fails unless s5 and the scan decide alike at each stage of the request. Returns the decision with all facts.
+fn compare(
+    written: &[Rule],
+    file: &RulesFile,
+    rules: &Rules,
+    route: &'static str,
+    all: model::AccessRequest,
+) -> Result<String, TestCaseError> {
     let name = host_name(&all);
     let complete = facts(&all, name.as_ref());
+    check_stages(rules, &complete)?;
+    let mut last = String::new();
     for stage in 0..STAGES {
         let request = facts_at(&complete, stage);
         let mut facts = Facts {
@@ -173,17 +191,14 @@ fn compare(written: &[Rule], rules: &Rules, route: &'static str, all: model::Acc
             ip: request.target_ip.map(|_| all.ip),
             all,
         };
-        let possible_routes = rules.possible_routes(&request).into_iter().map(name_of).collect();
-        let actual = (describe(rules.evaluate(&request, &is_own_listener)), possible_routes);
-        let decision = decide(&rows(written, route, &facts));
+        last = describe(rules.evaluate(&request, &is_own_listener));
+        prop_assert_eq!(&last, &decide(&rows(written, file, route, &facts)), "at stage {}: {:?}", stage, request);
         // The routes do not depend on the listeners of the server.
         facts.has_listeners = false;
-        let expected = (decision, routes(&rows(written, route, &facts)));
-        if actual != expected {
-            return Err(format!("{actual:?} instead of {expected:?} for {request:?}"));
-        }
+        let possible_routes: Vec<String> = rules.possible_routes(&request).into_iter().map(name_of).collect();
+        prop_assert_eq!(possible_routes, routes(&rows(written, file, route, &facts)), "{:?}", request);
     }
-    Ok(())
+    Ok(last)
 }
 
 /// Returns rules of which many differ only in their targets: up to four sets of conditions.
@@ -197,25 +212,28 @@ fn any_rules() -> impl Strategy<Value = Vec<Rule>> {
     })
 }
 
-/// Returns the rules without the blank lines and comments of their style, so that rule N is in line N.
-fn one_per_line(rules: &[Rule]) -> String {
-    write_rules(rules).lines.iter().map(|(_, text)| text.clone() + "\n").collect()
-}
-
-proptest! {
-    #![proptest_config(config(500))]
-
-    #[test]
-    fn index_and_plain_scan_agree_at_each_stage(
-        written in prop_oneof![any_rules(), vec(any_rule(), 0..12)],
-        requests in vec(any_request(), 2),
-        route in select(&ROUTES[..]),
-    ) {
-        let text = one_per_line(&written);
-        let rules = rules_with_route(parse_route(route), &text);
+#[test]
+fn index_and_plain_scan_agree_at_each_stage() {
+    let lists = prop_oneof![1 => any_rules(), 2 => vec(any_rule(), 0..8)];
+    let cases = (lists, vec(any_request(), 3), select(&ROUTES[..]));
+    let seen = RefCell::new(BTreeSet::new());
+    let mut runner = TestRunner::new_with_rng(config(400), TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+    let result = runner.run(&cases, |(written, requests, route)| {
+        let file = write_rules(&written);
+        let rules = rules_with_route(parse_route(route), &file.text);
+        prop_assert_eq!(rules.user_rules().len(), written.len());
         for request in &requests {
-            let compared = compare(&written, &rules, route, *request);
-            prop_assert!(compared.is_ok(), "{}\n{text}\n{request:?}", compared.unwrap_err());
+            let decision = compare(&written, &file, &rules, route, *request);
+            let decision = decision.map_err(|error| TestCaseError::fail(format!("{error}\n{}", file.text)))?;
+            let by = file.lines.iter().position(|(line, _)| decision.contains(&format!(" line {line} (")));
+            // The only rule, the first, the last, or one in the middle; or the label of a built-in rule.
+            let built_in = || decision.split(' ').nth(1).expect("two words").to_owned();
+            let by = by.map_or_else(built_in, |i| format!("{} {}", i == 0, i + 1 == written.len()));
+            seen.borrow_mut().insert((by, decision.starts_with("allow")));
         }
-    }
+        Ok(())
+    });
+    result.unwrap_or_else(|error| panic!("{error}"));
+    // User rules at four positions with both actions, and four built-in rules.
+    assert_eq!(seen.borrow().len(), 4 * 2 + 4, "{seen:#?}");
 }
