@@ -2,6 +2,7 @@
 
 #![allow(unused_qualifications, reason = "the names of std that support exports may be written with their path")]
 
+mod attempts;
 mod fail2ban;
 mod log_escaping;
 mod login_memory;
