@@ -10,6 +10,7 @@ mod counters;
 mod dial_shares;
 mod dispatch;
 mod free_memory;
+mod handshakes;
 mod limiter;
 mod listen;
 mod local_addr;
@@ -22,7 +23,6 @@ mod reply;
 mod session;
 mod session_log;
 mod shared_ports;
-#[allow(dead_code, reason = "not used yet")]
 mod shares;
 mod state;
 mod terminal;

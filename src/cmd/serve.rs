@@ -178,8 +178,8 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
     max_connections: Option<usize>,
 
-    /// limit sessions per client address [default: none]. IPv6 clients are counted per /64. Connections above the limit
-    /// are closed at accept.
+    /// limit sessions per client [default: 3/4 of all]. IPv6 clients are counted per /64. Connections above the
+    /// limit are closed at accept. The default is three quarters of --max-connections. See LIMITS AND ATTACKS.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
     max_per_client: Option<usize>,
 

@@ -8,13 +8,15 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use futures_lite::FutureExt as _;
-use smol::lock::SemaphoreGuard;
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::counters::COUNTERS;
+use super::handshakes::HandshakeGuard;
 use super::limiter::warn;
 use super::listen::Listener;
 use super::session;
 use super::session_log::request_from;
+use super::shares::{ClientKey, ShareGuard};
 use super::state::{Server, Session};
 use super::worker::{self, WorkerReport, panic_error};
 use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
@@ -46,15 +48,20 @@ struct AcceptLoop {
 impl AcceptLoop {
     async fn run(&self) {
         for attempts in 1_usize.. {
-            // A permit is acquired only for a waiting connection: otherwise idle listeners would hold unused permits.
+            // Only for a connection that may be waiting: otherwise idle listeners would hold unused reservations.
             self.listener.ready(Interest::Read).await;
-            let permit = self.server.limiter.acquire_permit().await;
+            let limiter = &self.server.limiter;
+            let reserved = match limiter.sessions.try_reserve() {
+                Some(reserved) => reserved,
+                None if self.has_waiting() => limiter.wait_to_reserve().await,
+                None => continue,
+            };
             match self.listener.try_with(Interest::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {
-                    if let Some(session) = self.admit(client, permit) {
+                    if let Some((session, handshake)) = self.admit(client, reserved) {
                         match self.server.workers.less_loaded() {
-                            Some(worker) => worker.send(move || session::start(session, conn)),
-                            None => session::start(session, conn),
+                            Some(worker) => worker.send(move || session::start(session, conn, handshake)),
+                            None => session::start(session, conn, handshake),
                         }
                     }
                 }
@@ -72,21 +79,31 @@ impl AcceptLoop {
     }
 
     /// Returns the session of a new connection, or `None` if the connection has to be closed.
-    fn admit(&self, client: Option<SocketAddr>, permit: SemaphoreGuard<'_>) -> Option<Session> {
-        let mut quota = None;
-        if !self.server.limiter.admit_client(client, &mut quota) {
+    fn admit(&self, client: Option<SocketAddr>, reserved: ShareGuard) -> Option<(Session, HandshakeGuard)> {
+        let ip = client.map(|client| client.ip());
+        let Some(share) = self.server.limiter.admit_client(reserved, ip) else {
             COUNTERS.count_refused();
             return None;
-        }
-        permit.forget();
-        let session = Session::new(self.server.clone(), client, quota);
+        };
+        let session = Session::new(self.server.clone(), client, share);
         if let Err(denial) = session.policy.authorize(&request_from(client)) {
             COUNTERS.count_refused();
             session.log.set_error(denial);
             return None;
         }
         session.log.log_start();
-        Some(session)
+        let handshake = self.server.limiter.handshakes.begin(ClientKey::new(ip));
+        Some((session, handshake))
+    }
+
+    /// Returns whether a connection waits to be accepted. If not, the next event of the listener reports one.
+    fn has_waiting(&self) -> bool {
+        let is_readable = |listener: &Arc<Listener>| {
+            let mut fds = [PollFd::new(listener, PollFlags::IN)];
+            let ready = rustix::event::poll(&mut fds, Some(&Timespec::default()))?;
+            if ready == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        };
+        self.listener.try_with(Interest::Read, is_readable).is_ok()
     }
 }
 

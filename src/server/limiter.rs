@@ -1,139 +1,125 @@
 //! Limits of sessions, bytes per second and failed logins: for the server, a client address, a user or a session.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::hash::{Hash, Hasher};
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use smol::lock::{Semaphore, SemaphoreGuard};
-
+use super::handshakes::Handshakes;
 use super::login_throttle::{BLOCK_TIME, LoginThrottle};
 use super::options::Quotas;
+use super::shares::{ClientKey, ShareGuard, Shares};
 use crate::net::{RateLimit, TokenBucket};
 
 /// Applies the limits to all sessions of the server.
 pub(super) struct Limiter {
     max_sessions: usize,
-    /// One permit per session that can still start.
-    permits: Semaphore,
+    sessions_per_client: usize,
+    pub(super) sessions: Shares,
+    /// Sessions until their requests.
+    pub(super) handshakes: Handshakes,
+    users: Shares<Arc<User>>,
     quotas: Quotas,
-    usage: Arc<Mutex<Usage>>,
     login_throttle: Mutex<LoginThrottle>,
     /// Set by the first failed login. Until then, no session locks `login_throttle`.
     has_failed_logins: AtomicBool,
 }
 
-/// For each client address or user: the number of its sessions, and the token bucket that they share. A key without
-/// sessions has no entry.
-type Usage = HashMap<QuotaKey, (usize, Option<Arc<TokenBucket>>)>;
-
-#[derive(Clone, PartialEq, Eq, Hash)]
-enum QuotaKey {
-    Client(IpAddr),
-    User(Box<[u8]>),
+/// A user with sessions, and the token bucket that they share.
+struct User {
+    name: Box<[u8]>,
+    bucket: Option<Arc<TokenBucket>>,
 }
 
-/// Counts a session against one key until it is dropped.
-struct QuotaGuard {
-    usage: Arc<Mutex<Usage>>,
-    key: QuotaKey,
-}
-
-impl Drop for QuotaGuard {
-    fn drop(&mut self) {
-        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((sessions, _)) = usage.get_mut(&self.key) {
-            *sessions -= 1;
-            if *sessions == 0 {
-                usage.remove(&self.key);
-            }
-        }
+impl PartialEq for User {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
     }
 }
 
-/// The counts and rate limits of one session. Dropping it decrements the counts.
+impl Eq for User {}
+
+impl Hash for User {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
+}
+
+/// The rate limits of one session, and its count against its user.
 #[derive(Default)]
 pub(super) struct SessionQuota {
-    guards: Vec<QuotaGuard>,
+    user: Option<ShareGuard<Arc<User>>>,
     pub(super) rate_limit: RateLimit,
 }
 
 impl Limiter {
     pub(super) fn new(max_sessions: usize, quotas: Quotas) -> Self {
+        // One address leaves a quarter to the others. Two sessions are always possible.
+        let three_quarters = (max_sessions.saturating_mul(3) / 4).max(max_sessions.min(2));
+        let sessions_per_client = quotas.sessions_per_client.unwrap_or(three_quarters);
         Self {
             max_sessions,
-            permits: Semaphore::new(max_sessions),
+            sessions_per_client,
+            sessions: Shares::new(max_sessions, sessions_per_client),
+            handshakes: Handshakes::new(max_sessions / 2),
+            users: Shares::new(usize::MAX, quotas.sessions_per_user.unwrap_or(usize::MAX)),
             quotas,
-            usage: Arc::default(),
             login_throttle: Mutex::default(),
             has_failed_logins: AtomicBool::new(false),
         }
     }
 
-    /// Waits until another session can start. The caller forgets the permit, and the end of the session releases it.
-    pub(super) async fn acquire_permit(&self) -> SemaphoreGuard<'_> {
-        if let Some(permit) = self.permits.try_acquire() {
-            return permit;
-        }
+    /// Waits until another session can start, with a connection waiting. If too many sessions are unfinished handshakes, one
+    /// of them ends.
+    pub(super) async fn wait_to_reserve(&self) -> ShareGuard {
         let limit = self.max_sessions;
         warn(|| format!("limit of {limit} connections reached: new ones wait (raise --max-connections)"));
-        self.permits.acquire().await
+        self.handshakes.make_room();
+        self.sessions.reserve().await
     }
 
-    pub(super) fn release_permit(&self) {
-        self.permits.add_permits(1);
+    /// Counts a new connection against its client. Returns `None` if the client is blocked or has too many sessions.
+    pub(super) fn admit_client(&self, reserved: ShareGuard, client: Option<IpAddr>) -> Option<ShareGuard> {
+        let key = ClientKey::new(client);
+        if self.login_delay(client).is_none() {
+            log::debug!("client {key}: refused: blocked after failed logins");
+            return None;
+        }
+        // Clients on Unix sockets have no address for `--max-per-client`.
+        if client.is_none() && self.quotas.sessions_per_client.is_some() {
+            return Some(reserved);
+        }
+        let admitted = reserved.assign(key);
+        if admitted.is_none() {
+            let (client, limit) = (client.map_or("unix".into(), |ip| ip.to_string()), self.sessions_per_client);
+            warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)"));
+        }
+        admitted
     }
 
-    /// Counts a new connection. On a Unix socket `client` is `None`, and the limits per client do not apply. Returns
-    /// false if the client is blocked or has too many sessions. `quota` stays `None` if no limit is set.
-    pub(super) fn admit_client(&self, client: Option<SocketAddr>, quota: &mut Option<Box<SessionQuota>>) -> bool {
-        if let Some(client) = client.map(|client| client.ip()) {
-            if self.login_delay(Some(client)).is_none() {
-                log::debug!("client {client}: refused: blocked after failed logins");
-                return false;
-            }
-            if let Some(limit) = self.quotas.sessions_per_client
-                && !self.acquire(QuotaKey::Client(client_key(client)), Some(limit), None, quota)
-            {
-                warn(|| {
-                    format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)")
-                });
-                return false;
-            }
-        }
-        if let Some(rate) = self.quotas.session_rate {
-            quota.get_or_insert_default().rate_limit.add(Arc::new(TokenBucket::new(rate, Instant::now())));
-        }
-        true
+    /// Returns the limits of a session that apply before its login, if there are any.
+    pub(super) fn session_quota(&self) -> Option<Box<SessionQuota>> {
+        let rate = self.quotas.session_rate?;
+        let mut quota = Box::<SessionQuota>::default();
+        quota.rate_limit.add(Arc::new(TokenBucket::new(rate, Instant::now())));
+        Some(quota)
     }
 
     /// Counts the session against the limits of its user. Returns false if the user has too many sessions.
     pub(super) fn admit_user(&self, user: &[u8], quota: &mut Option<Box<SessionQuota>>) -> bool {
         let Quotas { sessions_per_user, user_rate, .. } = self.quotas;
-        let is_limited = sessions_per_user.is_some() || user_rate.is_some();
-        !is_limited || self.acquire(QuotaKey::User(user.into()), sessions_per_user, user_rate, quota)
-    }
-
-    /// Counts one more session of `key` and adds its rate limit. Returns false if the key is at its limit.
-    fn acquire(
-        &self,
-        key: QuotaKey,
-        limit: Option<usize>,
-        rate: Option<u64>,
-        quota: &mut Option<Box<SessionQuota>>,
-    ) -> bool {
-        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
-        let new_bucket = || rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now())));
-        let (sessions, bucket) = usage.entry(key.clone()).or_insert_with(|| (0, new_bucket()));
-        // A limit is at least 1, so a new entry never stays at 0.
-        if limit.is_some_and(|limit| *sessions >= limit) {
-            return false;
+        if sessions_per_user.is_none() && user_rate.is_none() {
+            return true;
         }
-        *sessions += 1;
+        let bucket = user_rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now())));
+        let Some(user) = self.users.try_acquire(Arc::new(User { name: user.into(), bucket })) else { return false };
         let quota = quota.get_or_insert_default();
-        quota.guards.push(QuotaGuard { usage: self.usage.clone(), key });
-        bucket.iter().for_each(|bucket| quota.rate_limit.add(bucket.clone()));
+        // That of the user's first session.
+        if let Some(bucket) = user.client().and_then(|user| user.bucket.clone()) {
+            quota.rate_limit.add(bucket);
+        }
+        quota.user = Some(user);
         true
     }
 
@@ -169,7 +155,7 @@ pub(super) fn warn(text: impl FnOnce() -> String) {
     }
 }
 
-/// Returns the key that clients are counted by: an IPv4 address, or an IPv6 /64, which usually belongs to one customer.
+/// Returns the key that failed logins are counted by.
 fn client_key(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
@@ -192,7 +178,10 @@ mod tests {
         let (first, second) = (admit(), admit());
         let buckets = first.rate_limit.buckets().zip(second.rate_limit.buckets());
         assert!(buckets.map(|(first, second)| Arc::ptr_eq(first, second)).eq([true]));
-        drop((first, second));
-        assert!(limiter.usage.lock().expect("no panic").is_empty());
+        drop(first);
+        assert!(Arc::ptr_eq(
+            second.rate_limit.buckets().next().expect("a bucket"),
+            admit().rate_limit.buckets().next().expect("a bucket")
+        ));
     }
 }

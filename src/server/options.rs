@@ -91,7 +91,7 @@ pub enum Filtering {
 /// Limits of one client address, one user and one session. `None`: no limit.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Quotas {
-    /// Concurrent sessions of one client address (IPv6: one /64), at least 1.
+    /// Concurrent sessions of one client address (IPv6: one /64), at least 1. `None`: three quarters of all sessions.
     pub sessions_per_client: Option<usize>,
     /// Concurrent sessions of one user, at least 1.
     pub sessions_per_user: Option<usize>,

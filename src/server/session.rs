@@ -5,8 +5,11 @@
 
 use std::time::Instant;
 
+use futures_lite::FutureExt as _;
+
 use super::counters::COUNTERS;
 use super::dispatch::dispatch;
+use super::handshakes::HandshakeGuard;
 use super::login_throttle::MAX_DELAY;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::{LOGIN_REFUSED, in_session};
@@ -22,18 +25,25 @@ use crate::proto::{
 
 /// Starts a session on the worker of this thread. One task runs the handshake. Another one runs the tunnel after that,
 /// without the memory of the handshake.
-pub(super) fn start(mut session: Session, conn: DetachedConn) {
+pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: HandshakeGuard) {
     let mut conn = match conn.attach() {
         Ok(conn) => conn,
         Err(error) => return session.log.set_error(error),
     };
     worker::spawn(in_session(session.log.id, async move {
-        let result = match session.log_in(&mut conn).await {
+        let mut handshake = Some(handshake);
+        let result = match unless_ended(&handshake, session.log_in(&mut conn)).await {
             Ok(mut login) => {
                 if let Some(protection) = login.protection.take() {
                     conn = conn.protect(protection);
                 }
-                session.serve_request(&mut conn, login).await
+                match unless_ended(&handshake, login.read_request(&session, &mut conn)).await {
+                    Ok(request) => {
+                        handshake = None;
+                        session.serve_request(&mut conn, &request, login.is_stream_allowed).await
+                    }
+                    Err(error) => Err(error),
+                }
             }
             Err(error) => Err(error),
         };
@@ -47,11 +57,28 @@ pub(super) fn start(mut session: Session, conn: DetachedConn) {
                 let Session { permit: _permit, log, .. } = session;
                 drop(log);
                 if !error.reply.is_empty() {
-                    conn.close_gracefully(&error.reply).await;
+                    let close = async {
+                        conn.close_gracefully(&error.reply).await;
+                        Ok(())
+                    };
+                    let _ = unless_ended(&handshake, close).await;
                 }
             }
         }
     }));
+}
+
+/// Runs `work`, which fails if the handshake has to end for a newcomer.
+async fn unless_ended<T>(
+    handshake: &Option<HandshakeGuard>,
+    work: impl Future<Output = SessionResult<T>>,
+) -> SessionResult<T> {
+    let Some(handshake) = handshake else { return work.await };
+    let ended = async {
+        handshake.wait_ended().await;
+        Err(SessionError::silent("closed for a newer connection: too many unfinished handshakes"))
+    };
+    work.or(ended).await
 }
 
 /// A client that has logged in: only with this value, a request can be read.
@@ -94,13 +121,17 @@ impl Session {
         }
     }
 
-    /// Reads and executes the request. Returns the connection to relay with, or `None` after an association.
-    async fn serve_request(&mut self, conn: &mut Conn, login: Authenticated) -> SessionResult<Option<Conn>> {
-        let request = login.read_request(self, conn).await?;
+    /// Executes the request. Returns the connection to relay with, or `None` after an association.
+    async fn serve_request(
+        &mut self,
+        conn: &mut Conn,
+        request: &Request,
+        is_stream_allowed: bool,
+    ) -> SessionResult<Option<Conn>> {
         self.log.command = Some(request.command);
         self.log.dst = Some(request.dst.clone());
         self.log.log_request();
-        dispatch(self, conn, &request, login.is_stream_allowed).await
+        dispatch(self, conn, request, is_stream_allowed).await
     }
 
     fn timed_out(&self) -> SessionError {

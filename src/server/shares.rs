@@ -120,7 +120,13 @@ impl<K: Eq + Hash + Clone> Shares<K> {
     }
 
     fn try_use(&self, client: Option<K>) -> Option<ShareGuard<K>> {
-        self.usage().try_use(&client).then(|| ShareGuard { shares: self.clone(), client })
+        let mut usage = self.usage();
+        if !usage.try_use(&client) {
+            return None;
+        }
+        // The key of the first use: equal keys may carry different data.
+        let client = usage.clients.get_key_value(&client).and_then(|(first, _)| first.clone());
+        Some(ShareGuard { shares: self.clone(), client })
     }
 
     async fn wait_to_use(&self, client: Option<K>) -> ShareGuard<K> {
@@ -220,6 +226,11 @@ impl<K: Eq + Hash + Clone> Usage<K> {
 }
 
 impl<K: Eq + Hash + Clone> ShareGuard<K> {
+    /// Returns the client, as it was at its first use; `None` if it is not known yet.
+    pub(super) fn client(&self) -> Option<&K> {
+        self.client.as_ref()
+    }
+
     /// Makes a reservation a use of `client`. Returns `None` if the client is at its limit.
     pub(super) fn assign(mut self, client: K) -> Option<Self> {
         let client = Some(client);

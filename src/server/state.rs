@@ -15,7 +15,7 @@ use super::policy_handle::{PolicyHandle, PolicySnapshot};
 use super::reply::{SessionError, SessionResult};
 use super::session_log::SessionLog;
 use super::shared_ports::SharedPorts;
-use super::shares::ClientKey;
+use super::shares::{ClientKey, ShareGuard};
 use super::worker::WorkerPool;
 use crate::client::{Client, ClientOptions, lookup};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
@@ -53,7 +53,8 @@ impl Server {
 /// Counts a session against all limits until it is dropped, and gives it access to the server.
 pub(super) struct SessionPermit {
     pub(super) server: Arc<Server>,
-    pub(super) quota: Option<Box<SessionQuota>>,
+    _share: ShareGuard,
+    quota: Option<Box<SessionQuota>>,
 }
 
 impl SessionPermit {
@@ -64,12 +65,6 @@ impl SessionPermit {
 
     pub(super) fn rate_limit(&self) -> RateLimit {
         self.quota.as_ref().map(|quota| quota.rate_limit.clone()).unwrap_or_default()
-    }
-}
-
-impl Drop for SessionPermit {
-    fn drop(&mut self) {
-        self.server.limiter.release_permit();
     }
 }
 
@@ -84,9 +79,9 @@ pub(super) struct Session {
 impl Session {
     /// `client` is the address from accept(2), which is known even if the peer has disconnected; `None` on a Unix
     /// socket.
-    pub(super) fn new(server: Arc<Server>, client: Option<SocketAddr>, quota: Option<Box<SessionQuota>>) -> Self {
-        let policy = server.policy.current();
-        Self { permit: SessionPermit { server, quota }, log: SessionLog::new(client), policy }
+    pub(super) fn new(server: Arc<Server>, client: Option<SocketAddr>, share: ShareGuard) -> Self {
+        let (policy, quota) = (server.policy.current(), server.limiter.session_quota());
+        Self { permit: SessionPermit { server, _share: share, quota }, log: SessionLog::new(client), policy }
     }
 
     pub(super) fn server(&self) -> &Server {

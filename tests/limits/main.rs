@@ -4,6 +4,7 @@
 
 mod attempts;
 mod fail2ban;
+mod fair_shares;
 mod log_escaping;
 mod login_memory;
 mod lookups;

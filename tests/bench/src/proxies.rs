@@ -185,6 +185,8 @@ impl Proxy {
             ProxyKind::FloorSplice => command(path, &[&FLOOR, &number, &"splice"]),
             ProxyKind::S5 => {
                 let mut command = command(path, &[&"serve", &"-q", &"--listen", &listen]);
+                // All load comes from one address.
+                command.args(["--max-per-client", "1000000"]);
                 let more = std::env::var("S5_BENCH_ARGS").unwrap_or_default();
                 command.args(more.split_whitespace());
                 command

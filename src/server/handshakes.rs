@@ -1,0 +1,116 @@
+//! The unfinished handshakes: sessions from accept to their requests. At the limit, a newcomer ends the oldest handshake of
+//! the client that has most of them. So a flood from one client ends only its own.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashMap};
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use super::shares::ClientKey;
+
+/// All unfinished handshakes.
+pub(super) struct Handshakes {
+    limit: usize,
+    unfinished: Arc<Mutex<Unfinished>>,
+}
+
+#[derive(Default)]
+struct Unfinished {
+    /// By number. The waker of the task is set while it waits.
+    handshakes: HashMap<u64, (ClientKey, Option<Waker>)>,
+    /// The numbers of each client, in the order of their start.
+    clients: HashMap<ClientKey, BTreeSet<u64>>,
+    /// The clients in the order in which they keep their handshakes: the last one has most of them, or else the oldest.
+    ranks: BTreeSet<(usize, Reverse<u64>, ClientKey)>,
+    last_number: u64,
+}
+
+/// One unfinished handshake until it is dropped.
+pub(super) struct HandshakeGuard {
+    unfinished: Arc<Mutex<Unfinished>>,
+    number: u64,
+}
+
+impl Handshakes {
+    /// One is always possible.
+    pub(super) fn new(limit: usize) -> Self {
+        Self { limit: limit.max(1), unfinished: Arc::default() }
+    }
+
+    /// Adds a handshake, after ending another one if there are too many.
+    pub(super) fn begin(&self, client: ClientKey) -> HandshakeGuard {
+        self.make_room();
+        let number = lock(&self.unfinished).begin(client);
+        HandshakeGuard { unfinished: self.unfinished.clone(), number }
+    }
+
+    /// Ends a handshake if there are as many as possible.
+    pub(super) fn make_room(&self) {
+        let ended = lock(&self.unfinished).end_one_of(self.limit);
+        ended.into_iter().for_each(Waker::wake);
+    }
+}
+
+fn lock(unfinished: &Mutex<Unfinished>) -> MutexGuard<'_, Unfinished> {
+    unfinished.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Unfinished {
+    fn begin(&mut self, client: ClientKey) -> u64 {
+        self.last_number += 1;
+        let number = self.last_number;
+        self.handshakes.insert(number, (client, None));
+        self.change(client, |numbers| numbers.insert(number));
+        number
+    }
+
+    /// Ends a handshake if there are `limit`. Returns what wakes its task.
+    fn end_one_of(&mut self, limit: usize) -> Option<Waker> {
+        let (_, Reverse(number), _) = *self.ranks.last().filter(|_| self.handshakes.len() >= limit)?;
+        self.remove(number)
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Waker> {
+        let (client, waker) = self.handshakes.remove(&number)?;
+        self.change(client, |numbers| numbers.remove(&number));
+        waker
+    }
+
+    /// Changes the numbers of a client, and then its rank.
+    fn change(&mut self, client: ClientKey, change: impl FnOnce(&mut BTreeSet<u64>) -> bool) {
+        let numbers = self.clients.entry(client).or_default();
+        let rank = |numbers: &BTreeSet<u64>| Some((numbers.len(), Reverse(*numbers.first()?), client));
+        rank(numbers).map(|rank| self.ranks.remove(&rank));
+        change(numbers);
+        match rank(numbers) {
+            Some(rank) => drop(self.ranks.insert(rank)),
+            None => drop(self.clients.remove(&client)),
+        }
+    }
+}
+
+impl HandshakeGuard {
+    /// Waits until the handshake has to end for a newcomer.
+    pub(super) async fn wait_ended(&self) {
+        poll_fn(|cx| self.poll_ended(cx)).await;
+    }
+
+    fn poll_ended(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut unfinished = lock(&self.unfinished);
+        let Some((_, waker)) = unfinished.handshakes.get_mut(&self.number) else { return Poll::Ready(()) };
+        let is_known = waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+        let old = if is_known { None } else { waker.replace(cx.waker().clone()) };
+        drop(unfinished);
+        drop(old);
+        Poll::Pending
+    }
+}
+
+impl Drop for HandshakeGuard {
+    fn drop(&mut self) {
+        // Dropped after the lock is released, because that can drop a task and its guard.
+        let waker = lock(&self.unfinished).remove(self.number);
+        drop(waker);
+    }
+}

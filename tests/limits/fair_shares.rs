@@ -1,0 +1,96 @@
+//! The share of one client address of each limited resource: one client cannot use up what the others need.
+
+use std::io::{ErrorKind, Write as _};
+use std::net::{IpAddr, TcpStream};
+use std::time::Duration;
+
+use crate::support::login::connect_from_ip;
+use crate::support::{
+    CONNECT, Server, StreamEnd, TIMEOUT, assert_no_data, echo_server, greet, open, ping, read_exact, read_reply,
+    request, stream_end, wait_until,
+};
+
+const OTHER: [u8; 4] = [127, 0, 0, 2];
+
+/// Connects from another address, and sends a greeting.
+fn greet_from(server: &Server, source: impl Into<IpAddr>) -> TcpStream {
+    let mut stream = connect_from_ip(server, source);
+    stream.write_all(&[5, 1, 0]).expect("greeting sent");
+    assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+    stream
+}
+
+fn assert_closed(mut stream: TcpStream) {
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
+}
+
+#[test]
+fn one_client_has_three_quarters_of_the_sessions() {
+    for threads in ["1", "2"] {
+        let server = Server::start(&["--max-connections", "8", "--threads", threads]);
+        let dst = echo_server();
+        let _tunnels = [(); 6].map(|()| open(&server, CONNECT, dst));
+        assert_closed(server.connect());
+        server.wait_log(|log| log.contains("client 127.0.0.1: refused: limit of 6 connections reached"));
+        let mut other = greet_from(&server, OTHER);
+        other.write_all(&request(CONNECT, dst)).expect("request sent");
+        assert_eq!(read_reply(&mut other).0, 0);
+    }
+}
+
+#[test]
+fn max_per_client_may_be_all_sessions() {
+    let server = Server::start(&["--max-connections", "8", "--max-per-client", "8"]);
+    let dst = echo_server();
+    let tunnels = [(); 8].map(|()| open(&server, CONNECT, dst));
+    assert!(tunnels.iter().all(|(_, rep, _)| *rep == 0));
+}
+
+#[test]
+fn oldest_unfinished_handshake_ends_for_a_newcomer_when_half_of_the_sessions_are_unfinished() {
+    for threads in ["1", "2"] {
+        let server = Server::start(&["--max-connections", "8", "--threads", threads]);
+        let dst = echo_server();
+        let (mut tunnel, ..) = open(&server, CONNECT, dst);
+        let [first, mut second, _third, mut fourth] = [(); 4].map(|()| greet(&server));
+        let mut fifth = greet(&server);
+        assert_closed(first);
+        server.wait_log(|log| log.contains("closed for a newer connection: too many unfinished handshakes"));
+        for stream in [&mut second, &mut fourth, &mut fifth] {
+            stream.write_all(&request(CONNECT, dst)).expect("request sent");
+            assert_eq!(read_reply(stream).0, 0);
+        }
+        ping(&mut tunnel, b"not disturbed");
+    }
+}
+
+#[test]
+fn many_handshakes_of_one_client_end_only_its_own() {
+    let server = Server::start(&["--max-connections", "8"]);
+    let mut other = greet_from(&server, OTHER);
+    let streams: Vec<TcpStream> = (0..40).map(|_| server.connect()).collect();
+    streams.iter().for_each(|stream| stream.set_nonblocking(true).expect("option set"));
+    let is_open = |stream: &&TcpStream| stream.peek(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+    wait_until("all but three have ended", TIMEOUT, || streams.iter().filter(is_open).count() <= 3);
+    other.write_all(&request(CONNECT, echo_server())).expect("request sent");
+    assert_eq!(read_reply(&mut other).0, 0);
+}
+
+#[test]
+fn newcomer_is_served_when_tunnels_and_unfinished_handshakes_take_all_sessions() {
+    let server = Server::start(&["--max-connections", "4"]);
+    let dst = echo_server();
+    let mut tunnels = [[127, 0, 0, 3], [127, 0, 0, 4]].map(|source| {
+        let mut stream = greet_from(&server, source);
+        stream.write_all(&request(CONNECT, dst)).expect("request sent");
+        assert_eq!(read_reply(&mut stream).0, 0);
+        stream
+    });
+    let [first, second] = [(); 2].map(|()| greet(&server));
+    let mut newcomer = greet_from(&server, OTHER);
+    newcomer.write_all(&request(CONNECT, dst)).expect("request sent");
+    assert_eq!(read_reply(&mut newcomer).0, 0);
+    assert_closed(first);
+    assert_no_data(&second, Duration::from_millis(50));
+    tunnels.iter_mut().for_each(|stream| ping(stream, b"not disturbed"));
+}
