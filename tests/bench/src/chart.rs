@@ -1,9 +1,6 @@
-//! The charts in SVG, with a light and a dark style: bars for the rows, lines for the soak.
+//! The charts in SVG, with a light and a dark style: a bar for each proxy.
 
-use std::fmt::Write as _;
-
-use crate::proxies::ProxyKind;
-use crate::report::Results;
+use crate::*;
 
 // Sizes in pixels.
 const WIDTH: f64 = 760.0;
@@ -15,10 +12,9 @@ const TITLE_HEIGHT: f64 = 34.0;
 
 const STYLE: &str = "<style>\
 text{font:12px sans-serif;fill:#24292f}.title{font-weight:600}.peer{fill:#8c96a3}.s5{fill:#1f6feb}\
-.direct{fill:#d0d7de}.range{stroke:#24292f;stroke-width:1}.line{fill:none;stroke:#1f6feb;stroke-width:1.5}\
-.axis{fill:none;stroke:#8c96a3;stroke-width:.5}\
+.direct{fill:#d0d7de}.range{stroke:#24292f;stroke-width:1}\
 @media (prefers-color-scheme:dark){text{fill:#e6edf3}.peer{fill:#6e7681}.s5{fill:#4493f8}.direct{fill:#3d444d}\
-.range{stroke:#e6edf3}.line{stroke:#4493f8}}</style>\n";
+.range{stroke:#e6edf3}}</style>\n";
 
 fn svg(height: f64, body: &str) -> String {
     format!(
@@ -73,42 +69,4 @@ pub fn bars(results: &Results, group: &str) -> Option<String> {
         }
     }
     (y > 0.0).then(|| svg(y + 10.0, &body))
-}
-
-/// A chart of one value over time.
-pub struct Panel {
-    pub title: String,
-    /// Minute and value.
-    pub points: Vec<(f64, f64)>,
-}
-
-pub fn lines(panels: &[Panel]) -> String {
-    const HEIGHT: f64 = 90.0;
-    let (mut body, mut y) = (String::new(), 0.0);
-    for panel in panels {
-        let max = panel.points.iter().map(|(_, value)| *value).fold(f64::MIN_POSITIVE, f64::max);
-        let last = panel.points.last().map_or(1.0, |(minute, _)| minute.max(f64::MIN_POSITIVE));
-        let (width, foot) = (WIDTH - 90.0, y + TITLE_HEIGHT + HEIGHT);
-        let at = |(minute, value): &(f64, f64)| {
-            format!("{:.1},{:.1}", 60.0 + minute / last * width, foot - value / max * HEIGHT)
-        };
-        let points: Vec<_> = panel.points.iter().map(at).collect();
-        let _ = writeln!(
-            body,
-            "<text class=\"title\" x=\"8\" y=\"{:.1}\">{}</text><path class=\"axis\" d=\"M60 {:.1}V{foot:.1}H{:.1}\"/>\
-             <text x=\"54\" y=\"{:.1}\" text-anchor=\"end\">{max:.1}</text><text x=\"54\" y=\"{foot:.1}\" \
-             text-anchor=\"end\">0</text><text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{last:.1} min</text>\
-             <polyline class=\"line\" points=\"{}\"/>",
-            y + 22.0,
-            escape(&panel.title),
-            y + TITLE_HEIGHT,
-            60.0 + width,
-            y + TITLE_HEIGHT + 10.0,
-            60.0 + width,
-            foot + 14.0,
-            points.join(" "),
-        );
-        y = foot + 22.0;
-    }
-    svg(y + 10.0, &body)
 }

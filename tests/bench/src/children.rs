@@ -1,15 +1,7 @@
 //! Child processes, which end with the benchmark even if it is killed, and the directory of their files.
 
-use std::fs;
-use std::io;
-use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -18,8 +10,7 @@ use nix::unistd::Pid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::cpu;
-use crate::measure::{BenchError, IDLE_TIMEOUT, failed};
+use crate::*;
 
 /// First argument of this program when it executes another program.
 pub const EXEC_HELPER: &str = "exec";

@@ -1,17 +1,10 @@
 //! CPU time of a connection test: `s5 connect -z` and `nc -z -X 5` in turn, through one server on loopback. Also the
 //! size of the binary.
 
-use std::fs;
-use std::net::SocketAddrV4;
-use std::path::Path;
-use std::process::{Command, Stdio};
-
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 
-use crate::measure::{BenchError, Via, failed, median};
-use crate::proxies::Proxy;
-use crate::target::Target;
+use crate::*;
 
 /// Runs of each program.
 const PAIRS: usize = 50;

@@ -1,11 +1,12 @@
 //! Resources of a process and its descendants: CPU time, memory, descriptors, threads.
 
 use std::collections::HashMap;
-use std::fs;
 
 use nix::sys::time::TimeValLike as _;
 use nix::time::clock_getcpuclockid;
 use nix::unistd::{Pid, SysconfVar, sysconf};
+
+use crate::*;
 
 /// Returns the fields of /proc/PID/stat from the third on. The second field is a name that may contain spaces.
 fn stat(pid: i32) -> Option<Vec<String>> {

@@ -2,17 +2,15 @@
 //! edge-triggered epoll, IPv4 targets only. It checks, limits and logs nothing, so it is not for use outside of the
 //! benchmark.
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::io::{Read, Write};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::EpollTimeout;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, socket};
 use nix::unistd::pipe2;
 
-use crate::measure::{BenchError, failed};
+use crate::*;
 
 /// First argument of this program when it runs as the floor. The port follows, then `splice` for bulk without copies.
 pub const FLOOR: &str = "floor";

@@ -3,24 +3,13 @@
 //!
 //! A separate process uses the library, because environment variables select the realm.
 
-use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _, stdin};
-use std::net::{SocketAddrV4, TcpStream};
-use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
+use std::io::stdin;
 use std::sync::mpsc::sync_channel;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use s5::conn::{SecurityContext as _, TokenOrder};
 use s5::gssapi::ffi::{Credential, GSS_C_CONF_FLAG, GSS_C_SEQUENCE_FLAG, GssContext, PendingContext};
 
-use crate::children::{Process, dir, wait_until_it_listens};
-use crate::measure::{BenchError, IDLE_TIMEOUT, Via, corrupt, failed, sum_of_threads};
-use crate::pattern::{TransferLimit, noise};
-use crate::proxies::{Proxy, ProxyKind, RunningProxy, dante_config, free_port, user, which, write};
-use crate::{socks, target};
+use crate::*;
 
 /// First argument of this program when it uses the library.
 pub const GSSAPI: &str = "gssapi";
@@ -273,7 +262,7 @@ impl Credentials {
 
     /// Logs in to a server, and opens a tunnel to `echo`.
     fn log_in(&self, proxy: SocketAddrV4, echo: SocketAddrV4) -> Result<(), BenchError> {
-        let mut stream = socks::connect_direct(proxy)?;
+        let mut stream = socks::connect(Via::Direct, proxy)?;
         let mut method = [0; 2];
         stream.write_all(&[5, 1, 1])?;
         stream.read_exact(&mut method)?;

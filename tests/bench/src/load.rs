@@ -1,22 +1,12 @@
 //! The mixed load of the soak: clients that use tunnels and compare each byte, and clients that reset, stall or
 //! disconnect.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{Scope, sleep};
-use std::time::{Duration, Instant};
+use std::thread::Scope;
 
 use nix::libc::linger;
 use nix::sys::socket::{setsockopt, sockopt};
 
-use crate::measure::{BenchError, Times, Via, corrupt, failed};
-use crate::pattern::TransferLimit;
-use crate::proxies::RunningProxy;
-use crate::target::{self, Target};
-use crate::udp::{self, Association};
-use crate::{socks, tunnels};
+use crate::*;
 
 const BUSY_TUNNELS: usize = 32;
 const IDLE_TUNNELS: usize = 500;

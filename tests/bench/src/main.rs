@@ -24,14 +24,34 @@ mod target;
 mod tunnels;
 mod udp;
 
-use std::fs;
-use std::path::PathBuf;
-use std::process::ExitCode;
+// Names that most modules use: they import them with `use crate::*`.
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use std::fmt::Write as _;
+use std::io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
+use std::{fs, thread};
 
-use measure::{BenchError, failed};
-use report::Results;
-use rows::{Bench, ROWS};
+use children::*;
+use cpu::*;
+use floor::*;
+use gssapi::*;
+use load::*;
+use measure::*;
+use pattern::*;
+use proxies::*;
+use report::*;
+use rows::*;
+use socks::*;
+use target::*;
+use tunnels::*;
+use udp::*;
 
 const USAGE: &str = "usage: bench [--quick] [--runs N] [--only row,row] [--proxies name,name] [--out DIR]
        bench soak [--minutes N] [--out DIR]

@@ -1,10 +1,8 @@
 //! Shared by all measurements: errors, distributions of times, and the route of the client.
 
 use std::fmt;
-use std::io;
-use std::net::SocketAddrV4;
-use std::thread;
-use std::time::Duration;
+
+use crate::*;
 
 /// A measurement fails after this time without progress.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,11 +1,10 @@
 //! The content of bulk streams: blocks with their number and a flag for the last one. A receiver that does not know the
 //! length detects missing, duplicate and displaced blocks.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{IoSlice, Read, Write};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
-use crate::measure::{BenchError, corrupt};
+use crate::*;
 
 /// Bytes of a block. Each block is written and read with one call.
 pub const BLOCK: usize = 256 * 1024;

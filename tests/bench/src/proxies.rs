@@ -1,18 +1,8 @@
 //! The measured proxies: finds the installed ones, and starts them.
 
 use std::ffi::OsStr;
-use std::fs;
-use std::net::{Ipv4Addr, SocketAddrV4};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-use crate::children::{Process, dir, wait_until, wait_until_it_listens};
-use crate::cpu::Tree;
-use crate::floor::FLOOR;
-use crate::measure::{BenchError, Via, failed};
-use crate::socks;
-use crate::target::listen_anywhere;
+use crate::*;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyKind {

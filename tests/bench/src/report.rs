@@ -1,12 +1,6 @@
 //! The report in Markdown: the table of figures, the goals, and the rows that were not run or failed.
 
-use std::fmt::Write as _;
-use std::fs;
-use std::process::Command;
-
-use crate::measure::{BenchError, median};
-use crate::proxies::{Proxy, ProxyKind};
-use crate::rows::{Figure, Goal, ROWS, Row};
+use crate::*;
 
 /// All runs of one figure of one proxy.
 #[derive(Clone, Debug, Default)]

@@ -1,17 +1,8 @@
 //! The rows of the report: their measurements, labels and units.
 
-use std::net::TcpStream;
 use std::sync::Barrier;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use crate::gssapi::Realm;
-use crate::measure::{BenchError, Times, Via, corrupt, median, sum_of_threads};
-use crate::pattern::TransferLimit;
-use crate::proxies::{Proxy, RunningProxy};
-use crate::target::{self, Target};
-use crate::udp::{self, Association, Flood};
-use crate::{socks, tunnels};
+use crate::*;
 use Goal::{AtLeast, AtMost, AtMostValue, OfDirect};
 
 /// Time for background work to finish before CPU time and memory are read.

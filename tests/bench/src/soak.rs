@@ -1,20 +1,7 @@
 //! The soak: mixed load for a long time. Memory, descriptors, threads and the p99 of round trips must not grow, and no
 //! data may be lost.
 
-use std::fmt::Write as _;
-use std::fs;
-use std::path::Path;
-use std::sync::atomic::Ordering;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use crate::chart::{self, Panel};
-use crate::cpu::Tree;
-use crate::load::Load;
-use crate::measure::{BenchError, median};
-use crate::proxies::Proxy;
-use crate::report;
-use crate::target::Target;
+use crate::*;
 
 /// Time between two samples.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(5);
@@ -72,18 +59,11 @@ pub fn run(s5: &Proxy, target: &Target, time: Duration, out: &Path) -> Result<bo
     let left = wait_for_close(tree, descriptors_at_start);
     let (table, is_good) = evaluate(&load, &samples, descriptors_at_start, left);
     let text = format!(
-        "# Soak: {:.1} minutes of mixed load\n\n{environment}\n{}\n{table}\n![soak](soak.svg)\n",
+        "# Soak: {:.1} minutes of mixed load\n\n{environment}\n{}\n{table}\n",
         time.as_secs_f64() / 60.0,
         summary(&load)
     );
-    let panel = |(at, (name, _)): (usize, &(&str, _))| {
-        let points = samples.iter().filter(|sample| sample.values[at].is_finite());
-        let points = points.map(|sample| (sample.minute, sample.values[at])).collect();
-        Panel { title: (*name).into(), points }
-    };
-    let panels: Vec<_> = NAMES.iter().enumerate().map(panel).collect();
     fs::write(out.join("soak.md"), &text)?;
-    fs::write(out.join("soak.svg"), chart::lines(&panels))?;
     println!("{text}");
     Ok(is_good)
 }

@@ -1,13 +1,9 @@
-//! The SOCKS handshake of a client, blocking and non-blocking.
-
-use std::io::{self, ErrorKind, Read as _, Write as _};
-use std::net::{SocketAddr, SocketAddrV4, TcpStream};
-use std::os::fd::AsRawFd as _;
+//! The SOCKS handshake of a client.
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect as connect_socket, socket};
 
-use crate::measure::{BenchError, IDLE_TIMEOUT, Via, corrupt, failed};
+use crate::*;
 
 const GREETING: [u8; 3] = [5, 1, 0];
 pub const CONNECT: u8 = 1;
@@ -22,47 +18,17 @@ pub fn request(command: u8, to: SocketAddrV4) -> [u8; 10] {
 
 /// Connects to `to`. The stream is blocking and has timeouts.
 pub fn connect(via: Via, to: SocketAddrV4) -> Result<TcpStream, BenchError> {
-    match via {
-        Via::Direct => connect_direct(to),
-        Via::Socks(proxy) => Ok(send_request(proxy, CONNECT, to)?.0),
-    }
-}
-
-pub fn connect_direct(to: SocketAddrV4) -> Result<TcpStream, BenchError> {
-    let stream = TcpStream::connect_timeout(&SocketAddr::V4(to), IDLE_TIMEOUT)?;
-    stream.set_read_timeout(Some(IDLE_TIMEOUT))?;
-    stream.set_write_timeout(Some(IDLE_TIMEOUT))?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
+    Ok(PendingTunnel::begin(via, CONNECT, to)?.finish()?.0)
 }
 
 /// Opens an association. Returns its control connection and BND.
 pub fn associate(proxy: SocketAddrV4) -> Result<(TcpStream, SocketAddrV4), BenchError> {
-    let (stream, mut relay) = send_request(proxy, ASSOCIATE, SocketAddrV4::new([0, 0, 0, 0].into(), 0))?;
+    let any = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
+    let (stream, mut relay) = PendingTunnel::begin(Via::Socks(proxy), ASSOCIATE, any)?.finish()?;
     if relay.ip().is_unspecified() {
         relay.set_ip(*proxy.ip());
     }
     Ok((stream, relay))
-}
-
-/// Sends a request to a proxy. Returns the connection and BND.
-fn send_request(proxy: SocketAddrV4, command: u8, to: SocketAddrV4) -> Result<(TcpStream, SocketAddrV4), BenchError> {
-    let mut stream = connect_direct(proxy)?;
-    let mut answer = [0; 10];
-    stream.write_all(&GREETING)?;
-    stream.read_exact(&mut answer[..2])?;
-    if answer[..2] != [5, 0] {
-        return Err(corrupt(format!("method {answer:?}")));
-    }
-    stream.write_all(&request(command, to))?;
-    stream.read_exact(&mut answer)?;
-    match answer {
-        [5, 0, 0, 1, a, b, c, d, high, low] => {
-            Ok((stream, SocketAddrV4::new([a, b, c, d].into(), u16::from_be_bytes([high, low]))))
-        }
-        [5, 7, ..] => Err(BenchError::Unsupported),
-        _ => Err(failed(format!("reply {answer:?}"))),
-    }
 }
 
 /// Returns true if the proxy answers a greeting, even if it requires a login.
@@ -87,14 +53,14 @@ enum Stage {
 pub struct PendingTunnel {
     pub stream: TcpStream,
     via: Via,
-    to: SocketAddrV4,
+    request: [u8; 10],
     stage: Stage,
     answer: [u8; 10],
     received: usize,
 }
 
 impl PendingTunnel {
-    pub fn begin(via: Via, to: SocketAddrV4) -> Result<Self, BenchError> {
+    pub fn begin(via: Via, command: u8, to: SocketAddrV4) -> Result<Self, BenchError> {
         let first = match via {
             Via::Direct => to,
             Via::Socks(proxy) => proxy,
@@ -105,7 +71,23 @@ impl PendingTunnel {
             Ok(()) | Err(Errno::EINPROGRESS) => {}
             Err(error) => return Err(error.into()),
         }
-        Ok(Self { stream: fd.into(), via, to, stage: Stage::Connecting, answer: [0; 10], received: 0 })
+        let request = request(command, to);
+        Ok(Self { stream: fd.into(), via, request, stage: Stage::Connecting, answer: [0; 10], received: 0 })
+    }
+
+    /// Waits until the tunnel is open. Returns its stream, which is then blocking and has timeouts, and BND.
+    fn finish(mut self) -> Result<(TcpStream, SocketAddrV4), BenchError> {
+        let mut events = Events::new()?;
+        events.add(&self.stream, 0, edge_triggered())?;
+        while !self.advance()? {
+            events.wait_any()?;
+        }
+        self.stream.set_nonblocking(false)?;
+        self.stream.set_read_timeout(Some(IDLE_TIMEOUT))?;
+        self.stream.set_write_timeout(Some(IDLE_TIMEOUT))?;
+        self.stream.set_nodelay(true)?;
+        let [.., a, b, c, d, high, low] = self.answer;
+        Ok((self.stream, SocketAddrV4::new([a, b, c, d].into(), u16::from_be_bytes([high, low]))))
     }
 
     /// Continues the handshake as far as possible. Returns true if the tunnel is open.
@@ -166,7 +148,7 @@ impl PendingTunnel {
 
     fn send_request(&mut self) -> Result<bool, BenchError> {
         match self.answer[..2] {
-            [5, 0] => self.write(&request(CONNECT, self.to), Stage::Requested),
+            [5, 0] => self.write(&self.request.clone(), Stage::Requested),
             _ => Err(failed(format!("method {:?}", &self.answer[..2]))),
         }
     }
@@ -174,6 +156,7 @@ impl PendingTunnel {
     fn on_reply(&mut self) -> Result<bool, BenchError> {
         match self.answer[..4] {
             [5, 0, 0, 1] => self.stage = Stage::Open,
+            [5, 7, ..] => return Err(BenchError::Unsupported),
             _ => return Err(failed(format!("reply {:?}", &self.answer[..10]))),
         }
         Ok(true)

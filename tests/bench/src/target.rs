@@ -1,23 +1,13 @@
 //! The target of the tunnels, a separate process. It has a TCP echo, bulk streams in both directions, a UDP echo, and a
 //! sink that counts the datagrams it receives.
 
-use std::io::{self, BufRead as _, BufReader, Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd as _;
-use std::process::{ChildStdin, ChildStdout, Command};
-use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::process::{ChildStdin, ChildStdout};
+use std::sync::atomic::AtomicU16;
 
-use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 
-use crate::children::Process;
-use crate::measure::{BenchError, failed};
-use crate::pattern::{self, TransferLimit};
-use crate::tunnels::Events;
-use crate::udp::{self, MIN_PAYLOAD};
+use crate::*;
 
 /// First argument of this program when it runs as the target.
 pub const TARGET: &str = "target";

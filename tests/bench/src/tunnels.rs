@@ -1,14 +1,6 @@
 //! Many tunnels on one thread: opened and closed as fast as possible, or kept open for round trips.
 
-use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{SocketAddrV4, TcpStream};
-use std::time::{Duration, Instant};
-
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-
-use crate::measure::{BenchError, IDLE_TIMEOUT, Times, Via, corrupt, failed};
-use crate::pattern::noise;
-use crate::socks::PendingTunnel;
+use crate::*;
 
 /// Bytes of a round trip.
 pub const MESSAGE_LEN: usize = 64;
@@ -41,7 +33,7 @@ impl Events {
     }
 
     /// Like `wait`, but fails after `IDLE_TIMEOUT` without an event.
-    fn wait_any(&mut self) -> Result<Vec<usize>, BenchError> {
+    pub fn wait_any(&mut self) -> Result<Vec<usize>, BenchError> {
         let keys = self.wait(IDLE_TIMEOUT)?;
         match keys.is_empty() {
             false => Ok(keys),
@@ -51,7 +43,7 @@ impl Events {
 }
 
 /// Readable and writable, edge-triggered: each answer is a new event.
-fn edge_triggered() -> EpollFlags {
+pub fn edge_triggered() -> EpollFlags {
     EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET
 }
 
@@ -66,7 +58,7 @@ struct ShortTunnel {
 impl ShortTunnel {
     fn begin(via: Via, to: SocketAddrV4) -> Result<Self, BenchError> {
         let started = Instant::now();
-        Ok(Self { pending: PendingTunnel::begin(via, to)?, started, sent_byte: None, answered: false })
+        Ok(Self { pending: PendingTunnel::begin(via, socks::CONNECT, to)?, started, sent_byte: None, answered: false })
     }
 
     /// Returns true when the byte has been echoed and the stream has ended.
@@ -124,7 +116,7 @@ pub fn open(via: Via, echo: SocketAddrV4, count: usize) -> Result<Vec<TcpStream>
     let (mut pending_tunnels, mut open): (Vec<Option<PendingTunnel>>, _) = (Vec::new(), Vec::with_capacity(count));
     while open.len() < count {
         while pending_tunnels.len() < count && pending_tunnels.len() - open.len() < MAX_OPENING {
-            let pending = PendingTunnel::begin(via, echo)?;
+            let pending = PendingTunnel::begin(via, socks::CONNECT, echo)?;
             events.add(&pending.stream, pending_tunnels.len(), edge_triggered())?;
             pending_tunnels.push(Some(pending));
         }

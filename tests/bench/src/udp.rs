@@ -1,19 +1,8 @@
 //! Datagrams through associations: round trips with a window, and floods in one direction at increasing rates.
 
-use std::io::{self, ErrorKind};
-use std::net::{SocketAddrV4, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use nix::sys::epoll::EpollFlags;
 use nix::sys::prctl::set_timerslack;
 
-use crate::measure::{BenchError, Times, Via, corrupt, failed};
-use crate::pattern::noise;
-use crate::socks;
-use crate::target::{Target, large_buffer_socket};
-use crate::tunnels::Events;
+use crate::*;
 
 /// Smallest payload in bytes: the number of the datagram.
 pub const MIN_PAYLOAD: usize = 8;
