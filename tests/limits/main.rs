@@ -9,6 +9,7 @@ mod log_escaping;
 mod login_memory;
 mod lookups;
 mod password_guessing;
+mod ports;
 mod rate_limit;
 mod session_limits;
 mod slow_handshakes;

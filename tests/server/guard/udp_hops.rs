@@ -143,7 +143,7 @@ fn client_that_leaves_while_a_hop_is_silent_is_noticed() {
     let (silent, silent_addr) = listener(V4);
     let hop = silent_addr.to_string();
     let server = Server::start(&["--via", &hop, "--connect-timeout", "60"]);
-    for command in [BIND, UDP_ASSOCIATE] {
+    for command in [CONNECT, BIND, UDP_ASSOCIATE] {
         assert_ends_with_client(&server, &silent, &request_for(command, "127.0.0.1:0"));
     }
     // A hop that is opened for the first datagram.
