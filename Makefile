@@ -8,7 +8,7 @@ FUZZ_TARGETS = proto reassembly
 CARGO = cargo
 BINARY = $(or $(CARGO_TARGET_DIR),target)/release/s5
 
-.PHONY: help build serve check test test-quick test-programs compare-clients bench bench-quick bench-programs soak fuzz install clean
+.PHONY: help build serve check test test-quick test-programs compare-clients bench bench-quick bench-programs soak fuzz torture install clean
 
 help:              ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -88,6 +88,9 @@ fuzz:              ## fuzz each target for FUZZ_SECONDS (30)
 	  RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz "$$target" -- \
 	    -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=1024 || exit 1; \
 	done
+
+torture: test-programs ## fail each system call of a session once, with each error that it can have; 2 minutes
+	S5_TEST_STRICT=1 RUST_TEST_THREADS=8 $(CARGO) test --locked --test torture -- --ignored
 
 # Builds only if there is no binary: with sudo, cargo is often not in PATH.
 install: $(BINARY) ## install s5, its manual page and completions to PREFIX (/usr/local)

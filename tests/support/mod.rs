@@ -415,9 +415,9 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
     command
         .args([hosts.as_path(), resolv.as_path(), nsswitch.as_path()])
         .arg(std::env::current_exe().expect("path of this test"));
-    command.args(["--exact", test, "--nocapture"]).env("S5_TEST_NAMESPACE", "1");
+    command.args(["--exact", test, "--nocapture", "--include-ignored"]).env("S5_TEST_NAMESPACE", "1");
     command.env("S5_TEST_RUN", std::os::unix::process::parent_id().to_string());
-    let output = run(&mut command, b"", Duration::from_secs(120));
+    let output = run(&mut command, b"", Duration::from_secs(280));
     let output_text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && output_text.contains("1 passed"), "inside the namespace:\n{output_text}");
     false

@@ -244,6 +244,14 @@ impl RunningProgram {
         let _ = self.stdin.as_mut().expect("stdin is open").write_all(bytes);
     }
 
+    /// Writes to stdin on another thread, and closes it.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        let mut stdin = self.stdin.take().expect("stdin is open");
+        let bytes = bytes.to_vec();
+        // The write fails if the program does not read all of it.
+        thread::spawn(move || drop(stdin.write_all(&bytes)));
+    }
+
     /// Writes to stdin repeatedly until the program exits.
     pub fn write_until_exit(&mut self, bytes: &[u8]) {
         let mut stdin = self.stdin.take().expect("stdin is open");
@@ -316,10 +324,7 @@ impl RunningProgram {
 /// Runs a command with this stdin and returns its output. Panics if it takes longer than `limit`.
 pub fn run(command: &mut Command, stdin: &[u8], limit: Duration) -> Output {
     let mut program = RunningProgram::start(command);
-    let mut pipe = program.stdin.take().expect("stdin is open");
-    let stdin = stdin.to_vec();
-    // The write fails if the program does not read all of it.
-    thread::spawn(move || drop(pipe.write_all(&stdin)));
+    program.feed(stdin);
     let (status, stdout, _) = program.wait_exit(limit);
     Output { status, stdout, stderr: program.stderr.all() }
 }
