@@ -1,4 +1,5 @@
-//! BIND: both replies, accepted and refused peers, and closing of the listener.
+//! BIND: BND, peers of rules and names, ports, and the relay. tests/wire has both replies, accepted and refused peers, and
+//! closing of the listener.
 
 use crate::*;
 
@@ -40,20 +41,6 @@ fn assert_closed(peer: &mut TcpStream) {
     assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
 }
 
-fn refuses(addr: SocketAddr) -> bool {
-    TcpStream::connect(addr).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-}
-
-#[test]
-fn bind_sends_two_replies_and_relays() {
-    for (listen, ip) in [("127.0.0.1:0", V4), ("[::1]:0", V6), ("127.0.0.1:0", V6), ("[::1]:0", V4)] {
-        let server = serve(listen, 1, &[]);
-        let (mut client, bnd) = bind(&server, &SocketAddr::new(ip, 0).to_string());
-        assert_eq!(bnd.ip(), ip, "BND must have the family of DST");
-        assert_relayed(&mut client, &mut connect_peer(ip, bnd));
-    }
-}
-
 #[test]
 fn bind_bnd_is_the_address_that_the_client_connected_to() {
     let server = serve("*:0", 2, &["--allow-open-relay"]);
@@ -65,27 +52,6 @@ fn bind_bnd_is_the_address_that_the_client_connected_to() {
     let (rep, bnd) = read_reply(&mut client);
     assert_eq!((rep, bnd.ip()), (0, listen.ip()));
     assert_relayed(&mut client, &mut connect_peer(V4, bnd));
-}
-
-#[test]
-fn bind_dst_of_zeros_accepts_any_peer() {
-    for (listen, dst, ip) in [("127.0.0.1:0", ANY_PEER, "127.0.0.5"), ("[::1]:0", "[::]:0", "::1")] {
-        let server = serve(listen, 1, &[]);
-        let (mut client, bnd) = bind(&server, dst);
-        assert_relayed(&mut client, &mut connect_peer(ip.parse().expect("valid address"), bnd));
-    }
-}
-
-#[test]
-fn bind_closes_unexpected_peers_and_keeps_waiting() {
-    let server = Server::start(&[]);
-    for dst in ["127.0.0.1:0", "[::ffff:127.0.0.1]:0"] {
-        let (mut client, bnd) = bind(&server, dst);
-        for _ in 0..3 {
-            assert_closed(&mut connect_from(addr(OTHER_PEER), bnd));
-        }
-        assert_relayed(&mut client, &mut connect_peer(V4, bnd));
-    }
 }
 
 #[test]
@@ -155,20 +121,6 @@ fn bind_accepts_all_addresses_of_a_name() {
 }
 
 #[test]
-fn bind_timeout_is_rep_06_in_the_second_reply() {
-    let server = Server::start(&["--bind-timeout", "200ms"]);
-    let (time, (mut client, bnd)) = timed(|| {
-        let (mut client, bnd) = bind(&server, ANY_PEER);
-        assert_eq!(read_reply(&mut client).0, 6);
-        (client, bnd)
-    });
-    assert!(time >= Duration::from_millis(200) && time < TIMEOUT, "{time:?}");
-    assert_eq!(stream_end(&mut client), StreamEnd::Closed(vec![]));
-    assert!(refuses(bnd), "the listener is still open");
-    assert!(server.wait_log(|log| log.contains("msg=session ")).contains("rep=6"));
-}
-
-#[test]
 fn bind_timeout_is_not_extended_by_unexpected_peers() {
     let server = Server::start(&["--bind-timeout", "300ms"]);
     let (mut client, bnd) = bind(&server, "127.0.0.1:0");
@@ -186,58 +138,6 @@ fn refuses_unexpected_peer(bnd: SocketAddr) -> bool {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket created");
     socket.bind(&addr(OTHER_PEER).into()).expect("free port");
     socket.connect(&bnd.into()).is_err()
-}
-
-#[test]
-fn bind_listener_is_closed_when_the_client_disconnects() {
-    let server = Server::start(&[]);
-    let before = idle_descriptors(&server);
-    let disconnect: [fn(TcpStream); 4] = [
-        drop,
-        reset,
-        |stream| {
-            // The client closes after data that the server has not read.
-            (&stream).write_all(b"early").expect("data sent");
-        },
-        |mut stream| {
-            stream.shutdown(Shutdown::Write).expect("half-closed");
-            assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
-        },
-    ];
-    for disconnect in disconnect {
-        let (client, bnd) = bind(&server, "192.0.2.1:9");
-        disconnect(client);
-        wait_until("the listener is closed", RELEASE_TIMEOUT, || refuses(bnd));
-        wait_until("the descriptors are closed", RELEASE_TIMEOUT, || server.descriptors() == before);
-    }
-}
-
-#[test]
-fn bind_relays_data_sent_before_the_second_reply() {
-    let server = Server::start(&[]);
-    let (mut client, bnd) = bind(&server, ANY_PEER);
-    client.write_all(b"early").expect("data sent");
-    let mut peer = connect_peer(V4, bnd);
-    assert_eq!(read_exact(&mut peer, 5), b"early");
-    assert_eq!(read_reply(&mut client).0, 0);
-    ping_both(&mut client, &mut peer);
-}
-
-fn ping_both(client: &mut TcpStream, peer: &mut TcpStream) {
-    client.write_all(b"ping").expect("data sent");
-    assert_eq!(read_exact(peer, 4), b"ping");
-    peer.write_all(b"pong").expect("data sent");
-    assert_eq!(read_exact(client, 4), b"pong");
-}
-
-#[test]
-fn bind_closes_its_listener_after_one_peer() {
-    let server = Server::start(&[]);
-    let (mut client, bnd) = bind(&server, ANY_PEER);
-    let mut peer = connect_peer(V4, bnd);
-    assert_eq!(read_reply(&mut client).0, 0);
-    assert!(refuses(bnd), "the listener is still open");
-    ping_both(&mut client, &mut peer);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Ends of associations, and the address of their socket.
+//! Ends of associations, and the address of their socket. tests/wire has ends of the control connection.
 
 use super::association::{Association, receive, socket, target};
 use crate::*;
@@ -12,31 +12,6 @@ fn addr(text: &str) -> SocketAddr {
 
 fn is_free(addr: SocketAddr) -> bool {
     UdpSocket::bind(addr).is_ok()
-}
-
-#[test]
-fn udp_association_ends_with_its_control_connection() {
-    for listen in ["127.0.0.1:0", "[::1]:0"] {
-        let server = serve(listen, 1, &[]);
-        let before = idle_descriptors(&server);
-        let echo = udp_echo_server(V4);
-        let close: [fn(TcpStream); 3] = [drop, reset, |mut control| {
-            control.shutdown(Shutdown::Write).expect("half-closed");
-            assert_eq!(stream_end(&mut control), StreamEnd::Closed(vec![]));
-        }];
-        for close in close {
-            for is_used in [true, false] {
-                let association = Association::new(&server);
-                if is_used {
-                    association.ping(echo, b"hello");
-                }
-                assert!(!is_free(association.bnd));
-                close(association.control);
-                wait_until("the port is free", RELEASE_TIMEOUT, || is_free(association.bnd));
-                wait_until("the descriptors are free", RELEASE_TIMEOUT, || server.descriptors() == before);
-            }
-        }
-    }
 }
 
 #[test]
