@@ -13,11 +13,12 @@ const DESCRIPTORS_PER_USE: u64 = 32;
 /// One client has at most this fraction of each.
 const CLIENTS_AT_LIMIT: usize = 4;
 
-/// What the sessions share. Clones are the same shares.
+/// The limits of the sessions of one client. Those of all clients have the same shares.
 #[derive(Clone)]
 pub(super) struct DialShares {
     lookups: Shares,
     extra_attempts: Shares,
+    client: ClientKey,
 }
 
 impl DialShares {
@@ -26,35 +27,27 @@ impl DialShares {
         let limit = (descriptors / DESCRIPTORS_PER_USE).clamp(1, MAX_AT_ONCE);
         let at_once = usize::try_from(limit).unwrap_or(usize::MAX);
         let shares = || Shares::new(at_once, (at_once / CLIENTS_AT_LIMIT).max(1));
-        (Self { lookups: shares(), extra_attempts: shares() }, 2 * limit)
+        (Self { lookups: shares(), extra_attempts: shares(), client: ClientKey::new(None) }, 2 * limit)
     }
 
-    /// Returns the limits of the sessions of one client.
-    pub(super) fn of(&self, client: ClientKey) -> ClientDialShares {
-        ClientDialShares { shares: self.clone(), client }
+    pub(super) fn of(&self, client: ClientKey) -> Self {
+        Self { client, ..self.clone() }
     }
 }
 
-/// The limits of the sessions of one client.
-#[derive(Clone)]
-pub(super) struct ClientDialShares {
-    shares: DialShares,
-    client: ClientKey,
-}
-
-impl fmt::Debug for ClientDialShares {
+impl fmt::Debug for DialShares {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ClientDialShares({})", self.client)
+        write!(f, "DialShares({})", self.client)
     }
 }
 
-impl DialLimits for ClientDialShares {
+impl DialLimits for DialShares {
     fn start_lookup(&self) -> Pin<Box<dyn Future<Output = LimitGuard> + '_>> {
-        Box::pin(async { Box::new(self.shares.lookups.acquire(self.client).await) as LimitGuard })
+        Box::pin(async { Box::new(self.lookups.acquire(self.client).await) as LimitGuard })
     }
 
     fn start_extra_attempt(&self) -> Option<LimitGuard> {
-        let guard = self.shares.extra_attempts.try_acquire(self.client)?;
+        let guard = self.extra_attempts.try_acquire(self.client)?;
         Some(Box::new(guard))
     }
 }

@@ -92,13 +92,7 @@ pub(super) async fn bind_in_range<T>(
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-    use std::pin::pin;
-
-    use futures_lite::future::{block_on, poll_once};
-
     use super::*;
-    use crate::net::reactor;
 
     #[test]
     fn reachable_addr_is_loopback_if_client_and_peer_are_on_this_host() {
@@ -123,21 +117,5 @@ mod tests {
             ports.dedup();
             assert!(ports.len() == count && ports.iter().all(|port| range.contains(port)), "{range:?}: {ports:?}");
         }
-    }
-
-    #[test]
-    fn bind_in_range_lets_other_tasks_run_after_some_ports() {
-        let tried = Cell::new(0);
-        let in_use = |_| -> io::Result<()> {
-            tried.set(tried.get() + 1);
-            Err(io::ErrorKind::AddrInUse.into())
-        };
-        let ports = "1-65535".parse().expect("a range");
-        let local = "127.0.0.1:0".parse().expect("an address");
-        let mut binding = pin!(bind_in_range(Some(&ports), "--udp-ports", local, in_use));
-        assert!(block_on(poll_once(&mut binding)).is_none());
-        assert_eq!(tried.get(), PORTS_TRIED_PER_TURN);
-        let error = reactor::run(binding).expect("epoll").expect_err("all ports are in use").to_string();
-        assert_eq!(error, "no free port in 1-65535: 1024 tried (choose more ports with --udp-ports)");
     }
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
-use super::dial_shares::{ClientDialShares, DialShares};
+use super::dial_shares::DialShares;
 use super::limiter::{Limiter, SessionQuota};
 use super::options::{Hop, Options};
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
@@ -100,7 +100,7 @@ impl Session {
     }
 
     /// Returns the limits of lookups and connection attempts for the client.
-    pub(super) fn dial_limits(&self) -> ClientDialShares {
+    pub(super) fn dial_limits(&self) -> DialShares {
         self.server().dial_shares.of(self.log.client_key())
     }
 

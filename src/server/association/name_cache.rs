@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::super::dial_shares::ClientDialShares;
+use super::super::dial_shares::DialShares;
 use crate::name_addrs::NameAddrs;
 use crate::net::{DialError, lookup, timeout_at};
 use crate::proto::HostName;
@@ -35,7 +35,7 @@ pub(super) struct Resolved {
 
 /// The addresses of names, and the lookups.
 pub(super) struct NameCache {
-    limits: ClientDialShares,
+    limits: DialShares,
     /// Time limit of a lookup.
     timeout: Duration,
     names: HashMap<HostName, NameAddrs>,
@@ -52,7 +52,7 @@ struct Lookup {
 }
 
 impl NameCache {
-    pub(super) fn new(limits: ClientDialShares, timeout: Duration) -> Self {
+    pub(super) fn new(limits: DialShares, timeout: Duration) -> Self {
         Self { limits, timeout, names: HashMap::new(), lookups: Vec::new(), unanswered: None }
     }
 
