@@ -79,8 +79,6 @@ pub struct Acceptor {
     credential: Arc<Credential>,
     /// Not empty.
     levels: Vec<ProtectionLevel>,
-    /// One permit per CPU: accepting a token is CPU-bound.
-    cpu_permits: Arc<Semaphore>,
 }
 
 /// A client that has logged in.
@@ -100,20 +98,23 @@ impl Acceptor {
     /// Loads the key of `service` (`rcmd`, `rcmd@host` or a principal), or all keys, from `keytab` or the system's one.
     pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> GssapiResult<Self> {
         let credential = Arc::new(Credential::acceptor(service, keytab.as_deref())?);
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self { credential, levels, cpu_permits: Arc::new(Semaphore::new(cpus)) })
+        Ok(Self { credential, levels })
     }
 
-    /// Establishes a context with the client on `conn` after the server has selected GSSAPI. The caller sets the
-    /// deadline, and sends [`Frame::Abort`] after an error.
-    pub async fn accept(&self, conn: &mut Conn) -> GssapiResult<AuthenticatedClient> {
+    /// Establishes a context with the client on `conn` after the server has selected GSSAPI. Waits for `thread` before it
+    /// accepts a token, which takes CPU time. The caller sets the deadline, and sends [`Frame::Abort`] after an error.
+    pub async fn accept<T: Send + 'static>(
+        &self,
+        conn: &mut Conn,
+        thread: impl Future<Output = T>,
+    ) -> GssapiResult<AuthenticatedClient> {
         let token = match conn.read_message().await? {
             Frame::Authentication(token) if !token.is_empty() => token,
             other => return Err(failed(format!("expected an authentication token, received {other:?}"))),
         };
-        let (credential, permit) = (self.credential.clone(), self.cpu_permits.acquire_arc().await);
+        let (credential, thread) = (self.credential.clone(), thread.await);
         let accepted = unblock(move || {
-            let _permit = permit;
+            let _thread = thread;
             credential.accept(&token)
         });
         let accepted = accepted.await.ok_or_else(|| failed("no thread can be started"))?;

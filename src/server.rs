@@ -16,6 +16,7 @@ mod listen;
 mod local_addr;
 mod log_queue;
 mod login_throttle;
+mod logins;
 mod options;
 mod passwords;
 mod policy_handle;
@@ -54,6 +55,7 @@ pub use listen::ListenAddr;
 use listen::Listener;
 pub use local_addr::is_local;
 pub use log_queue::{eprint_line, flush};
+use logins::Logins;
 pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
 pub use session_log::{LOGFMT_TARGET, current_session};
@@ -131,6 +133,7 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
         policy,
         limiter,
         dial_shares,
+        logins: Logins::default(),
         relay_options,
         workers: pool,
         shared_ports: Arc::default(),

@@ -50,6 +50,11 @@ impl HashMemory {
     /// later, as many as there are threads. Memory that no hash uses remains untouched, and takes only addresses.
     const MIN_BLOCKS: usize = 33 << 10;
 
+    /// Returns its size in KiB.
+    pub fn kib(&self) -> usize {
+        self.0.capacity()
+    }
+
     /// Returns blocks of 1 KiB with any content, or `None` without memory.
     fn blocks(&mut self, count: usize) -> Option<&mut [Block]> {
         let Self(blocks) = self;
@@ -99,10 +104,18 @@ impl Users {
     /// Returns whether `passwd` is the password of `uname`. Takes tens of milliseconds of CPU, by design. An unknown
     /// name takes as long: it is verified against the hash of a user, always the same one for the same name.
     pub fn verify(&self, uname: &[u8], passwd: &[u8], memory: &mut HashMemory) -> bool {
+        self.hash(uname).is_some_and(|hash| hash.verify(passwd, memory)) && self.contains(uname)
+    }
+
+    /// Returns the memory in KiB that [`Self::verify`] needs.
+    pub fn hash_kib(&self, uname: &[u8]) -> usize {
+        self.hash(uname).map_or(0, StoredHash::kib)
+    }
+
+    fn hash(&self, uname: &[u8]) -> Option<&StoredHash> {
         let user = self.index_by_name.get(uname).copied();
         let decoy = || usize::try_from(self.decoy_seed.hash_one(uname)).unwrap_or(0).checked_rem(self.hashes.len());
-        let hash = user.or_else(decoy).and_then(|i| self.hashes.get(i));
-        hash.is_some_and(|hash| hash.verify(passwd, memory)) && user.is_some()
+        self.hashes.get(user.or_else(decoy)?)
     }
 
     /// Returns the number of users.
@@ -149,6 +162,14 @@ impl StoredHash {
             }
             _ => Err("no valid hash after the name (create one with --add-user or htpasswd -B)".into()),
         }
+    }
+
+    /// Returns the memory of argon2id in KiB. bcrypt needs 4.
+    fn kib(&self) -> usize {
+        PasswordHash::new(&self.0)
+            .ok()
+            .and_then(|hash| argon2id(&hash))
+            .map_or(4, |argon2| argon2.params().block_count())
     }
 
     fn verify(&self, passwd: &[u8], memory: &mut HashMemory) -> bool {

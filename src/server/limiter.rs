@@ -1,13 +1,11 @@
-//! Limits of sessions, bytes per second and failed logins: for the server, a client address, a user or a session.
+//! Limits of sessions and bytes per second: for the server, a client address, a user or a session.
 
 use std::hash::{Hash, Hasher};
-use std::net::{IpAddr, Ipv6Addr};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::handshakes::Handshakes;
-use super::login_throttle::{BLOCK_TIME, LoginThrottle};
 use super::options::Quotas;
 use super::shares::{ClientKey, ShareGuard, Shares};
 use crate::net::{RateLimit, TokenBucket};
@@ -21,9 +19,6 @@ pub(super) struct Limiter {
     pub(super) handshakes: Handshakes,
     users: Shares<Arc<User>>,
     quotas: Quotas,
-    login_throttle: Mutex<LoginThrottle>,
-    /// Set by the first failed login. Until then, no session locks `login_throttle`.
-    has_failed_logins: AtomicBool,
 }
 
 /// A user with sessions, and the token bucket that they share.
@@ -65,8 +60,6 @@ impl Limiter {
             handshakes: Handshakes::new(max_sessions / 2),
             users: Shares::new(usize::MAX, quotas.sessions_per_user.unwrap_or(usize::MAX)),
             quotas,
-            login_throttle: Mutex::default(),
-            has_failed_logins: AtomicBool::new(false),
         }
     }
 
@@ -79,18 +72,13 @@ impl Limiter {
         self.sessions.reserve().await
     }
 
-    /// Counts a new connection against its client. Returns `None` if the client is blocked or has too many sessions.
+    /// Counts a new connection against its client. Returns `None` if the client has too many sessions.
     pub(super) fn admit_client(&self, reserved: ShareGuard, client: Option<IpAddr>) -> Option<ShareGuard> {
-        let key = ClientKey::new(client);
-        if self.login_delay(client).is_none() {
-            log::debug!("client {key}: refused: blocked after failed logins");
-            return None;
-        }
         // Clients on Unix sockets have no address for `--max-per-client`.
         if client.is_none() && self.quotas.sessions_per_client.is_some() {
             return Some(reserved);
         }
-        let admitted = reserved.assign(key);
+        let admitted = reserved.assign(ClientKey::new(client));
         if admitted.is_none() {
             let (client, limit) = (client.map_or("unix".into(), |ip| ip.to_string()), self.sessions_per_client);
             warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)"));
@@ -122,27 +110,6 @@ impl Limiter {
         quota.user = Some(user);
         true
     }
-
-    /// Returns the delay of the next login answer to `client`; `None` if the client is blocked.
-    pub(super) fn login_delay(&self, client: Option<IpAddr>) -> Option<Duration> {
-        let Some(client) = client.filter(|_| self.has_failed_logins.load(Ordering::Relaxed)) else {
-            return Some(Duration::ZERO);
-        };
-        self.login_throttle().delay(client_key(client), Instant::now())
-    }
-
-    pub(super) fn record_failed_login(&self, client: Option<IpAddr>) {
-        let Some(key) = client.map(client_key) else { return };
-        self.has_failed_logins.store(true, Ordering::Relaxed);
-        if self.login_throttle().record_failure(key, Instant::now()) {
-            let prefix_len = if key.is_ipv6() { "/64" } else { "" };
-            log::warn!("too many failed logins from {key}{prefix_len}: blocked for {} s", BLOCK_TIME.as_secs());
-        }
-    }
-
-    fn login_throttle(&self) -> MutexGuard<'_, LoginThrottle> {
-        self.login_throttle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Logs at most one warning per second and drops the others.
@@ -152,14 +119,6 @@ pub(super) fn warn(text: impl FnOnce() -> String) {
     if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
         *last = Some(Instant::now());
         log::warn!("{}", text());
-    }
-}
-
-/// Returns the key that failed logins are counted by.
-fn client_key(ip: IpAddr) -> IpAddr {
-    match ip.to_canonical() {
-        IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
-        v4 => v4,
     }
 }
 

@@ -1,100 +1,97 @@
-//! Verifies passwords (RFC 1929). Hashing runs on threads of its own. Valid passwords are cached.
+//! Passwords that were verified lately. Their users log in at once, without a hash.
 
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
-use std::thread;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use blake2::Blake2bMac512;
 use blake2::digest::{KeyInit as _, Mac as _};
-use smol::lock::Mutex as AsyncMutex;
 
-use crate::net::ThreadPool;
-use crate::policy::users::{HashMemory, Users};
+use super::shares::ClientKey;
 use crate::proto::Credentials;
 
 /// Time that a verified password is accepted without another hash.
 const CACHE_TIME: Duration = Duration::from_secs(600);
-/// Number of queues. Logins with the same credentials wait in the same queue, so that only the first one is hashed.
-const QUEUES: usize = 64;
-/// Maximum number of threads, also with more cores: with the hashes of `--add-user`, they take 152 MiB.
-const MAX_THREADS: usize = 8;
+/// Maximum number of wrong passwords that are compared with a verified one, and the least time between two of them. They
+/// would be free guesses for a program at the address of the user; further ones are hashed.
+const MAX_MISMATCHES: u32 = 60;
+const MISMATCH_INTERVAL: Duration = Duration::from_millis(100);
+/// Maximum number of entries. The oldest one is evicted first.
+const MAX_ENTRIES: usize = 16_384;
 
-/// At most one thread per core. Each has the memory of one hash, which is freed when the thread ends.
-static THREADS: LazyLock<ThreadPool<HashMemory>> = LazyLock::new(|| {
-    let cores = thread::available_parallelism().map_or(1, usize::from);
-    ThreadPool::new("s5-hash", cores.min(MAX_THREADS))
-});
-
-/// Verifies passwords. The cache has at most one entry per user, and none for unknown names or wrong passwords.
-pub(super) struct PasswordVerifier {
-    queues: [AsyncMutex<()>; QUEUES],
-    /// Random key of the cached digests, which are useless outside of this process. `None`: nothing is cached.
-    mac_key: Option<[u8; 32]>,
-    cache: Mutex<HashMap<Vec<u8>, (Digest, Instant)>>,
+/// User name and password of a client.
+pub(super) struct Login {
+    pub(super) client: ClientKey,
+    pub(super) credentials: Credentials,
 }
 
-type Digest = [u8; 64];
+/// The passwords verified lately, by client address and user.
+pub(super) struct VerifiedPasswords {
+    /// Random key of the digests, which are useless outside of this process. `None`: nothing is stored.
+    mac_key: Option<[u8; 32]>,
+    entries: Mutex<HashMap<(ClientKey, Vec<u8>), Verified>>,
+}
 
-impl Default for PasswordVerifier {
+struct Verified {
+    digest: [u8; 64],
+    since: Instant,
+    mismatches: u32,
+    last_mismatch: Option<Instant>,
+}
+
+impl Default for VerifiedPasswords {
     fn default() -> Self {
         let mut key = [0; 32];
-        Self {
-            queues: [const { AsyncMutex::new(()) }; QUEUES],
-            mac_key: getrandom::fill(&mut key).is_ok().then_some(key),
-            cache: Mutex::default(),
-        }
+        Self { mac_key: getrandom::fill(&mut key).is_ok().then_some(key), entries: Mutex::default() }
     }
 }
 
-impl PasswordVerifier {
-    /// Returns whether `users` has these credentials. Concurrent logins with the same ones cost one hash.
-    pub(super) async fn verify(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
-        let Some(mac) = self.mac(&credentials) else {
-            return self.verify_uncached(users, credentials).await;
-        };
-        let digest: Digest = mac.clone().finalize().into_bytes().into();
-        if self.is_cached(&credentials.uname, mac.clone()) {
-            return true;
+impl VerifiedPasswords {
+    /// Returns whether this password of this user was verified lately, from the same address. `is_free`: the comparison
+    /// takes no turn of the client, so their number is limited.
+    pub(super) fn contains(&self, login: &Login, is_free: bool, now: Instant) -> bool {
+        let mut entries = self.entries();
+        let key = (login.client, login.credentials.uname.clone());
+        let Some(verified) = entries.get_mut(&key).filter(|verified| !verified.is_expired(now)) else { return false };
+        let waits = |last| now.saturating_duration_since(last) < MISMATCH_INTERVAL;
+        if is_free && (verified.mismatches >= MAX_MISMATCHES || verified.last_mismatch.is_some_and(waits)) {
+            return false;
         }
-        let queue = digest.first().map_or(0, |byte| usize::from(*byte) % QUEUES);
-        let _turn = match self.queues.get(queue) {
-            Some(queue) => Some(queue.lock().await),
-            None => None,
-        };
-        if self.is_cached(&credentials.uname, mac) {
-            return true;
+        let is_same = self.mac(login).is_some_and(|mac| mac.verify_slice(&verified.digest).is_ok());
+        if is_free && !is_same {
+            verified.mismatches += 1;
+            verified.last_mismatch = Some(now);
         }
-        let uname = credentials.uname.clone();
-        let is_valid = self.verify_uncached(users, credentials).await;
-        if is_valid {
-            self.cache().insert(uname, (digest, Instant::now()));
-        }
-        is_valid
+        is_same
     }
 
-    async fn verify_uncached(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
-        let users = users.clone();
-        let verify = move |memory: &mut _| users.verify(&credentials.uname, &credentials.passwd, memory);
-        // If no thread can be started, this worker computes the hash: otherwise a valid password would be refused, and
-        // would count as a guess.
-        THREADS.run(verify.clone()).await.unwrap_or_else(|| verify(&mut HashMemory::default()))
+    /// Adds a password that was verified now.
+    pub(super) fn insert(&self, login: &Login, now: Instant) {
+        let Some(mac) = self.mac(login) else { return };
+        let mut entries = self.entries();
+        if entries.len() >= MAX_ENTRIES {
+            entries.retain(|_, verified| !verified.is_expired(now));
+            let oldest = entries.iter().min_by_key(|(_, verified)| verified.since).map(|(key, _)| key.clone());
+            oldest.filter(|_| entries.len() >= MAX_ENTRIES).map(|oldest| entries.remove(&oldest));
+        }
+        let digest = mac.finalize().into_bytes().into();
+        let verified = Verified { digest, since: now, mismatches: 0, last_mismatch: None };
+        entries.insert((login.client, login.credentials.uname.clone()), verified);
     }
 
-    fn is_cached(&self, uname: &[u8], mac: Blake2bMac512) -> bool {
-        let cached = self.cache().get(uname).copied();
-        cached.is_some_and(|(digest, since)| since.elapsed() < CACHE_TIME && mac.verify_slice(&digest).is_ok())
-    }
-
-    fn mac(&self, credentials: &Credentials) -> Option<Blake2bMac512> {
+    fn mac(&self, login: &Login) -> Option<Blake2bMac512> {
         let mut mac = Blake2bMac512::new_from_slice(self.mac_key.as_ref()?).ok()?;
-        mac.update(&[u8::try_from(credentials.uname.len()).ok()?]);
-        mac.update(&credentials.uname);
-        mac.update(&credentials.passwd);
+        mac.update(&login.credentials.passwd);
         Some(mac)
     }
 
-    fn cache(&self) -> std::sync::MutexGuard<'_, HashMap<Vec<u8>, (Digest, Instant)>> {
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    fn entries(&self) -> MutexGuard<'_, HashMap<(ClientKey, Vec<u8>), Verified>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Verified {
+    fn is_expired(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) >= CACHE_TIME
     }
 }

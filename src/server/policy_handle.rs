@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::local_addr::is_local;
-use super::passwords::PasswordVerifier;
+use super::passwords::VerifiedPasswords;
 use super::session_log::{SessionLog, with_addr};
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 use crate::policy::{Policy, is_reachable};
 
-/// One generation of the policy, with the password cache that belongs to its users.
+/// One generation of the policy, with the verified passwords of its users.
 pub(super) struct PolicySnapshot {
     pub(super) policy: Policy,
-    pub(super) passwords: PasswordVerifier,
+    pub(super) passwords: VerifiedPasswords,
     pub(super) generation: u32,
 }
 
@@ -53,7 +53,7 @@ impl fmt::Display for Denial<'_> {
 
 impl PolicyHandle {
     pub(super) fn new(policy: Policy, keep_sessions: bool) -> Self {
-        let snapshot = Arc::new(PolicySnapshot { policy, passwords: PasswordVerifier::default(), generation: 0 });
+        let snapshot = Arc::new(PolicySnapshot { policy, passwords: VerifiedPasswords::default(), generation: 0 });
         Self { current: RwLock::new(snapshot), generation: 0.into(), closed_sessions: 0.into(), keep_sessions }
     }
 
@@ -64,7 +64,7 @@ impl PolicyHandle {
     pub(super) fn replace(&self, policy: Policy) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         let generation = current.generation.wrapping_add(1);
-        *current = Arc::new(PolicySnapshot { policy, passwords: PasswordVerifier::default(), generation });
+        *current = Arc::new(PolicySnapshot { policy, passwords: VerifiedPasswords::default(), generation });
         self.closed_sessions.store(0, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Release);
     }

@@ -7,10 +7,9 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
-use super::counters::COUNTERS;
 use super::dispatch::dispatch;
 use super::handshakes::HandshakeGuard;
-use super::login_throttle::MAX_DELAY;
+use super::passwords::Login;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::{LOGIN_REFUSED, in_session};
 use super::state::Session;
@@ -18,7 +17,7 @@ use super::tunnel::Tunnel;
 use super::worker;
 use crate::conn::{Conn, DetachedConn, Protection, ReadError};
 use crate::gssapi::GssapiError;
-use crate::net::{sleep, timeout_at};
+use crate::net::timeout_at;
 use crate::proto::{
     Credentials, Frame, Greeting, LoginStatus, Method, MethodSelection, OtherProtocol, ProtocolError, Request,
 };
@@ -150,42 +149,29 @@ impl Session {
         Ok(method)
     }
 
-    /// Verifies a login, and sends the result (RFC 1929) after a delay if logins of this client have failed.
+    /// Verifies a login, and sends the result (RFC 1929). A refusal is delayed if logins of this client have failed.
     async fn verify_password(
         &mut self,
         conn: &mut Conn,
         credentials: Credentials,
         deadline: Instant,
     ) -> SessionResult<Authenticated> {
-        // The password may have changed since the greeting.
-        self.policy = self.server().policy.current();
         self.log.user = Some(credentials.uname.clone().into());
-        let (limiter, client) = (&self.permit.server.limiter, self.log.client().map(|client| client.ip()));
-        let is_valid = match (limiter.login_delay(client), &self.policy.policy.users) {
-            (Some(_), Some(users)) => timeout_at(deadline, self.policy.passwords.verify(users, credentials))
-                .await
-                .ok_or_else(|| self.timed_out())?,
-            // Blocked clients are refused without hashing.
-            (None, _) | (_, None) => false,
-        };
-        // Parallel logins of this client may have failed during the hashing: a blocked client is refused even if
-        // this password is valid.
-        let delay = limiter.login_delay(client);
-        let is_valid = is_valid && delay.is_some();
-        if !is_valid {
-            limiter.record_failed_login(client);
-            self.log.set_error(LOGIN_REFUSED);
-        }
-        let delay = delay.unwrap_or(MAX_DELAY);
-        if !delay.is_zero() {
-            sleep(delay).await;
-        }
-        if !is_valid {
+        let (server, login, started) =
+            (self.server(), Login { client: self.log.client_key(), credentials }, Instant::now());
+        let verified = self.cancellable(conn, async {
+            let on_refused = || self.log.set_error(LOGIN_REFUSED);
+            let verified = server.logins.verify(&server.policy, login, deadline, on_refused).await;
+            verified.ok_or_else(|| self.timed_out())
+        });
+        let Some(policy) = verified.await? else {
             return Err(SessionError::with_message(&LoginStatus::FAILURE, LOGIN_REFUSED));
-        }
-        let deadline = deadline + delay;
+        };
+        self.policy = policy;
         self.log.method = Some(Method::PASSWORD);
         self.log.log_login();
+        // The wait for a turn does not count.
+        let deadline = deadline + started.elapsed();
         let sent = timeout_at(deadline, conn.write_message(&LoginStatus::SUCCESS)).await;
         sent.ok_or_else(|| self.timed_out())?.map_err(SessionError::silent)?;
         Ok(Authenticated { deadline, protection: None, is_stream_allowed: true })
@@ -195,15 +181,14 @@ impl Session {
     async fn accept_gssapi(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
         let acceptor = self.server().options.gssapi_acceptor.as_ref().ok_or_else(not_configured)?;
         let abort = |error| SessionError::with_message(&Frame::Abort, error);
-        let accepted =
-            timeout_at(deadline, acceptor.accept(conn)).await.ok_or_else(|| abort(self.timed_out().reason))?;
-        let accepted = accepted.map_err(|error| {
-            COUNTERS.count_failed_login();
-            match error {
-                GssapiError::Refused(_) => SessionError::silent(error),
-                _ => abort(error.to_string()),
-            }
-        })?;
+        let thread = self.server().logins.acquire_thread(self.log.client_key());
+        let accepted = timeout_at(deadline, acceptor.accept(conn, thread)).await;
+        let accepted = match accepted.ok_or_else(|| abort(self.timed_out().reason))? {
+            Ok(accepted) => accepted,
+            Err(error @ GssapiError::Refused(_)) => return Err(SessionError::silent(error)),
+            // Not delayed: a ticket cannot be guessed.
+            Err(error) => return Err(abort(format!("{LOGIN_REFUSED} ({error})"))),
+        };
         self.log.method = Some(Method::GSSAPI);
         self.log.user = Some(accepted.user.into());
         self.log.level = accepted.level;

@@ -24,7 +24,7 @@ use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, Rep};
 
 /// Target of records in logfmt. The logger adds time and level as further fields.
 pub const LOGFMT_TARGET: &str = "s5::session";
-/// Error of a failed login. fail2ban filters match it.
+/// Start of the error of a failed login. fail2ban filters match it.
 pub(super) const LOGIN_REFUSED: &str = "login refused";
 
 /// Filled in during the session; writes the log line on drop. Kept small, because every tunnel has one.
@@ -184,11 +184,11 @@ impl SessionLog {
         self.method.map(|method| Identity { method, user: self.user.as_deref(), level: self.level })
     }
 
-    /// Returns the access request of the session without a target.
     pub(super) fn client_key(&self) -> ClientKey {
         ClientKey::new(self.client().map(|client| client.ip()))
     }
 
+    /// Returns the access request of the session without a target.
     pub(super) fn client_request(&self) -> AccessRequest<'_> {
         AccessRequest { identity: self.identity(), command: self.command, ..request_from(self.client()) }
     }
@@ -318,7 +318,7 @@ impl Drop for SessionLog {
         }
         COUNTERS.count_end(self.rep, &self.bytes);
         let level = match self.error.get() {
-            Some(error) if **error == LOGIN_REFUSED => {
+            Some(error) if error.starts_with(LOGIN_REFUSED) => {
                 COUNTERS.count_failed_login();
                 Level::Warn
             }

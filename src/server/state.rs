@@ -10,6 +10,7 @@ use futures_lite::FutureExt as _;
 
 use super::dial_shares::DialShares;
 use super::limiter::{Limiter, SessionQuota};
+use super::logins::Logins;
 use super::options::{Hop, Options};
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
 use super::reply::{SessionError, SessionResult};
@@ -29,6 +30,7 @@ pub(super) struct Server {
     pub(super) policy: PolicyHandle,
     pub(super) limiter: Limiter,
     pub(super) dial_shares: DialShares,
+    pub(super) logins: Logins,
     pub(super) relay_options: RelayOptions,
     pub(super) workers: WorkerPool,
     pub(super) shared_ports: Arc<SharedPorts>,

@@ -96,11 +96,14 @@ fn invalid_authentication_token_is_aborted() {
         ("version 2", vec![2, 1, 0, 1, 0]),
         ("an abort", ABORT.to_vec()),
     ];
-    for (case, bytes) in table {
-        assert_closed(&mut start_login(&server, &bytes), &ABORT, case);
+    for (case, bytes) in &table {
+        assert_closed(&mut start_login(&server, bytes), &ABORT, case);
     }
-    // The server still serves other clients.
+    // The server still serves this address, at once.
     Peer::at_level(&library, &server, ALL, 2);
+    let log = server.wait_log(|log| session_lines(log).len() >= table.len());
+    let refusals = log.lines().filter(|line| line.contains("level=warn") && line.contains("login refused (GSSAPI: "));
+    assert_eq!(refusals.count(), table.len(), "{log}");
 }
 
 #[test]

@@ -121,6 +121,10 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     let all = expected.len() + others;
     let log = server.wait_log(|log| session_lines(log).len() >= all);
     assert_eq!(session_lines(&log).len(), all, "one line each:\n{log}");
+    // A Kerberos login that has failed; tests/kerberos has the real line.
+    let kerberos = "ts=2026-11-27T00:00:00.000Z level=warn msg=session id=1 from=127.11.9.9:1 up=0 down=0 seconds=0.002 \
+                    error=\"login refused (GSSAPI: Unspecified GSS failure \\\"x\\\")\"\n";
+    assert_eq!(addresses(matches(temp_dir().path(), kerberos, "UTC")), ["127.11.9.9"]);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is after 1970").as_secs_f64();
     let dir = temp_dir();
     expected.sort_unstable();

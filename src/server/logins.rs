@@ -1,0 +1,187 @@
+//! Verifies passwords (RFC 1929), within the limits of each client address. Hashing runs on threads of its own.
+
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use super::login_throttle::{FREE_FAILURES, LoginThrottle, MAX_WAIT, Turn};
+use super::passwords::Login;
+use super::policy_handle::{PolicyHandle, PolicySnapshot};
+use super::shares::{ClientKey, ShareGuard, Shares};
+use crate::net::{ThreadPool, sleep_until, timeout_at};
+use crate::policy::users::HashMemory;
+
+/// Maximum number of threads, also with more cores: with the hashes of `--add-user`, they take 152 MiB.
+const MAX_THREADS: usize = 8;
+/// Hashes of one client at a time.
+const HASHES_PER_CLIENT: usize = 2;
+/// Memory of a hash in KiB above which only one is computed at a time: all take at most 1 GiB + 8 × 64 MiB.
+const LARGE_KIB: usize = 64 << 10;
+
+/// Each has the memory of one hash, which is freed when the thread ends.
+static THREADS: LazyLock<ThreadPool<HashMemory>> = LazyLock::new(|| ThreadPool::new("s5-hash", max_threads()));
+
+/// At most one thread per core.
+fn max_threads() -> usize {
+    thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)
+}
+
+/// The limits of logins, which outlive a reload.
+pub(super) struct Logins {
+    threads: Shares,
+    /// Of clients with failures. They use half of the threads, so that they delay no login of another client.
+    suspects: Shares,
+    large_hashes: Shares,
+    throttle: Arc<Mutex<LoginThrottle<ClientKey>>>,
+}
+
+/// The policy with the password, or `None` if the login is refused.
+type Verdict = Option<Arc<PolicySnapshot>>;
+
+enum Hashed {
+    Right(Arc<PolicySnapshot>),
+    /// The login is refused at this time.
+    Wrong(Instant),
+    /// Not hashed, because the login must wait for a turn.
+    MustWait,
+}
+
+impl Default for Logins {
+    fn default() -> Self {
+        Self {
+            threads: Shares::new(max_threads(), HASHES_PER_CLIENT),
+            suspects: Shares::new(max_threads().div_ceil(2), HASHES_PER_CLIENT),
+            large_hashes: Shares::new(1, 1),
+            throttle: Arc::default(),
+        }
+    }
+}
+
+impl Logins {
+    /// Verifies a password, by the policy of that moment. Calls `on_refused` as soon as the result is known, and returns
+    /// it after the delay. Returns `None` if the hash did not begin until `deadline`, or within [`MAX_WAIT`] if the logins
+    /// of the client wait for turns.
+    pub(super) async fn verify(
+        &self,
+        policy: &PolicyHandle,
+        login: Login,
+        deadline: Instant,
+        on_refused: impl Fn(),
+    ) -> Option<Verdict> {
+        let current = policy.current();
+        if current.passwords.contains(&login, true, Instant::now()) {
+            return Some(Some(current));
+        }
+        let login = Arc::new(login);
+        match timeout_at(deadline, self.hash(policy, &login, false)).await? {
+            Hashed::Right(policy) => Some(Some(policy)),
+            Hashed::Wrong(end) => {
+                on_refused();
+                sleep_until(end).await;
+                Some(None)
+            }
+            Hashed::MustWait => {
+                let waiting = self.verify_in_turn(policy, &login, on_refused);
+                timeout_at(Instant::now() + MAX_WAIT, waiting).await
+            }
+        }
+    }
+
+    async fn verify_in_turn(&self, policy: &PolicyHandle, login: &Arc<Login>, on_refused: impl Fn()) -> Verdict {
+        let (client, uname) = (login.client, &login.credentials.uname);
+        let mut needs_hash = policy.current().policy.users.as_ref().is_some_and(|users| users.contains(uname));
+        if !needs_hash {
+            on_refused();
+        }
+        let wait = |needs_hash| self.throttle().wait(client, uname, needs_hash, Instant::now());
+        let mut turns = wait(needs_hash);
+        loop {
+            let next_turn = self.throttle().take_turn(client, Instant::now());
+            match timeout_at(next_turn, turns.recv()).await {
+                None => {}
+                Some(Ok(Turn::Hash)) => {
+                    if let Hashed::Right(policy) = self.hash(policy, login, true).await {
+                        let refusal = match turns.try_recv() {
+                            Ok(Turn::Refuse(end)) => Some(end),
+                            _ => None,
+                        };
+                        drop(turns);
+                        self.throttle().give_back_turn(client, refusal, Instant::now());
+                        return Some(policy);
+                    }
+                    on_refused();
+                    needs_hash = false;
+                }
+                Some(Ok(Turn::Refuse(end))) => {
+                    sleep_until(end).await;
+                    return None;
+                }
+                // The client was evicted, because too many others had failures.
+                Some(Err(_)) => turns = wait(needs_hash),
+            }
+        }
+    }
+
+    /// Hashes the password, unless it was verified lately. Without a turn, a failure counts.
+    async fn hash(&self, policy: &PolicyHandle, login: &Arc<Login>, has_turn: bool) -> Hashed {
+        let client = login.client;
+        let failures = || self.throttle().failures(client, Instant::now());
+        let must_wait = || !has_turn && failures() >= FREE_FAILURES;
+        if must_wait() {
+            return Hashed::MustWait;
+        }
+        let users = policy.current().policy.users.clone();
+        let memory = users.as_ref().map_or(0, |users| users.hash_kib(&login.credentials.uname));
+        let limits =
+            [(failures() > 0, &self.suspects), (memory > LARGE_KIB, &self.large_hashes), (true, &self.threads)];
+        let mut guards: Vec<Arc<ShareGuard>> = Vec::new();
+        for (_, limit) in limits.into_iter().filter(|(is_needed, _)| *is_needed) {
+            guards.push(limit.acquire(client).await.into());
+        }
+        // Logins that were hashed before this one may have failed.
+        if must_wait() {
+            return Hashed::MustWait;
+        }
+        let (policy, login, throttle) = (policy.current(), login.clone(), self.throttle.clone());
+        // The limits and the failure count even if the client leaves meanwhile.
+        let hash = move |memory: &mut HashMemory| {
+            let _guards = guards;
+            match is_right(&policy, &login, memory) {
+                true => Hashed::Right(policy),
+                false if has_turn => Hashed::Wrong(Instant::now()),
+                false => Hashed::Wrong(lock(&throttle).record_failure(login.client, Instant::now())),
+            }
+        };
+        // If no thread can be started, this worker computes the hash: a right password is not refused.
+        THREADS.run(hash.clone()).await.unwrap_or_else(|| hash(&mut HashMemory::default()))
+    }
+
+    /// Waits for a thread for another kind of login of `client`.
+    pub(super) fn acquire_thread(&self, client: ClientKey) -> impl Future<Output = ShareGuard> {
+        self.threads.acquire(client)
+    }
+
+    fn throttle(&self) -> MutexGuard<'_, LoginThrottle<ClientKey>> {
+        lock(&self.throttle)
+    }
+}
+
+fn lock(throttle: &Mutex<LoginThrottle<ClientKey>>) -> MutexGuard<'_, LoginThrottle<ClientKey>> {
+    throttle.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_right(policy: &PolicySnapshot, login: &Login, memory: &mut HashMemory) -> bool {
+    let Some(users) = &policy.policy.users else { return false };
+    if policy.passwords.contains(login, false, Instant::now()) {
+        return true;
+    }
+    let is_right = users.verify(&login.credentials.uname, &login.credentials.passwd, memory);
+    if is_right {
+        policy.passwords.insert(login, Instant::now());
+    }
+    // Not kept until the thread ends.
+    if memory.kib() > LARGE_KIB {
+        *memory = HashMemory::default();
+    }
+    is_right
+}
