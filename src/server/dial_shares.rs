@@ -3,6 +3,7 @@
 use std::fmt;
 use std::pin::Pin;
 
+use super::limiter::warn;
 use super::shares::{ClientKey, Shares};
 use crate::net::{DialLimits, LimitGuard};
 
@@ -43,7 +44,16 @@ impl fmt::Debug for DialShares {
 
 impl DialLimits for DialShares {
     fn start_lookup(&self) -> Pin<Box<dyn Future<Output = LimitGuard> + '_>> {
-        Box::pin(async { Box::new(self.lookups.acquire(self.client).await) as LimitGuard })
+        Box::pin(async {
+            let guard = match self.lookups.try_acquire(self.client) {
+                Some(guard) => guard,
+                None => {
+                    warn(|| format!("client {}: too many lookups at once: more wait", self.client));
+                    self.lookups.acquire(self.client).await
+                }
+            };
+            Box::new(guard) as LimitGuard
+        })
     }
 
     fn start_extra_attempt(&self) -> Option<LimitGuard> {

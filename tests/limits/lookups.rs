@@ -51,7 +51,7 @@ fn flood_with(server: &Server, ip: &dyn Fn(usize) -> IpAddr, command: u8) -> Vec
     (0..300).map(|n| Box::new(request_from(server, ip(n), command, &format!("silent.n{n}"), 9)) as _).collect()
 }
 
-const FLOODS: [(&str, Flood); 4] = [
+const FLOODS: [(&str, Flood); 5] = [
     ("CONNECT", |server, ip| flood_with(server, ip, CONNECT)),
     ("BIND", |server, ip| flood_with(server, ip, BIND)),
     ("datagrams", |server, ip| {
@@ -61,6 +61,10 @@ const FLOODS: [(&str, Flood); 4] = [
             Box::new(association) as _
         };
         (0..20).map(associate).collect()
+    }),
+    // Through a hop whose name has to be resolved.
+    ("hops", |server, ip| {
+        (0..300).map(|n| Box::new(request_from(server, ip(n), CONNECT, "127.0.0.9", 9)) as _).collect()
     }),
     ("clients that leave", |server, ip| {
         let leave = |n| reset(request_from(server, ip(n), CONNECT, &format!("silent.n{n}"), 9));
@@ -93,13 +97,17 @@ fn lookups_of_one_client_do_not_delay_other_clients() {
     enter_namespace!("", dns::RESOLV);
     let queries = dns::start();
     for (what, flood) in FLOODS {
-        let server = Server::start(&["--connect-timeout", "60"]);
+        let hop = ["--hop", "h=silent.hop:1080", "--allow", "to=127.0.0.9 via=h"];
+        let server = Server::start(&[&hop[..], &["--connect-timeout", "60"]].concat());
         queries.lock().expect("not poisoned").clear();
         let _flood = flood(&server, &|_| V4);
-        wait_until("names are looked up", TIMEOUT, || distinct(&queries) >= 8);
+        wait_until("names are looked up", TIMEOUT, || queries.lock().expect("not poisoned").len() >= 8);
         assert_served_at_once(what, &server, [127, 0, 0, 2].into(), &["good.example", "127.0.0.1"]);
         // Addresses need no lookup, however they are written.
         assert_served_at_once(what, &server, V4, &["127.0.0.1", "127.1"]);
+        if what != "clients that leave" {
+            server.wait_log(|log| log.contains("client 127.0.0.1: too many lookups at once: more wait"));
+        }
     }
 }
 
