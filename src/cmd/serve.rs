@@ -17,7 +17,7 @@ use log::LevelFilter;
 
 use super::cli::exit::{CliError, ExitStatus, eprint_line};
 use super::cli::values::{
-    parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout, parse_udp_relay,
+    parse_choice, parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout, parse_udp_relay,
 };
 use crate::client::ClientOptions;
 use crate::gssapi::Initiator;
@@ -239,11 +239,9 @@ fn one_per_family(option: &str, ips: Vec<IpAddr>) -> Result<Vec<IpAddr>, CliErro
 }
 
 fn parse_filtering(text: &str) -> Result<Filtering, String> {
-    match text {
-        "address-dependent" => Ok(Filtering::AddressDependent),
-        "endpoint-independent" => Ok(Filtering::EndpointIndependent),
-        _ => Err("expected address-dependent or endpoint-independent".into()),
-    }
+    let choices =
+        [("address-dependent", Filtering::AddressDependent), ("endpoint-independent", Filtering::EndpointIndependent)];
+    parse_choice(text, choices)
 }
 
 /// Returns a rule of the command line. argh collects each option separately; the position restores their common order.

@@ -61,7 +61,7 @@ async fn relay_stdio(transfer: &Transfer<'_>, framing: Framing) -> Result<(), Cl
     ended?;
     if args.count.is_some() && answers.missing > 0 {
         let received = expected - answers.missing;
-        let relay = transfer.relay_elsewhere().filter(|_| received == 0);
+        let relay = transfer.association.relay_elsewhere().filter(|_| received == 0);
         let hint = relay.map(|relay| format!(" (the UDP relay is {relay}; {UDP_RELAY_HINT})")).unwrap_or_default();
         let reason = format!("received {received} of {expected} answers in time{hint}");
         return Err(connector.transfer_error(ExitStatus::TIMED_OUT, &reason));
@@ -121,7 +121,7 @@ impl AnswerWriter<'_> {
             if self.missing == 0 {
                 break;
             }
-            let Some(answer) = self.transfer.try_recv() else { break };
+            let Some((_, answer)) = self.transfer.association.try_recv() else { break };
             self.push(&answer);
         }
         self.writer.flush().await.map_err(|error| match error.kind() {

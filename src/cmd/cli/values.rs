@@ -67,11 +67,14 @@ fn parse_quantity(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 
 /// Parses the address to send datagrams to: that in the reply of a proxy, or that of the proxy. Returns true for `proxy`.
 pub(crate) fn parse_udp_relay(text: &str) -> Result<bool, String> {
-    match text {
-        "reply" => Ok(false),
-        "proxy" => Ok(true),
-        _ => Err("expected reply or proxy".into()),
-    }
+    parse_choice(text, [("reply", false), ("proxy", true)])
+}
+
+/// Parses one of two words.
+pub(crate) fn parse_choice<T>(text: &str, choices: [(&str, T); 2]) -> Result<T, String> {
+    let [first, second] = [choices[0].0, choices[1].0];
+    let choice = choices.into_iter().find(|(word, _)| *word == text);
+    choice.map(|(_, value)| value).ok_or_else(|| format!("expected {first} or {second}"))
 }
 
 /// Parses a number greater than 0.

@@ -39,7 +39,7 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> Result<(
             }
             logins.push(login);
         }
-        Some((name, None)) => user = Some(name.as_bytes().to_vec()),
+        Some((name, None)) => user = Some(name.as_bytes()),
         None => {}
     }
     if let Some(file) = &args.proxy_auth_file {
@@ -50,22 +50,29 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> Result<(
         return Ok(());
     }
     logins.extend(read_environment()?);
+    assign_logins(hops, &logins, user, |hop, uname| prompt_password(hop, uname, args))
+}
+
+/// Gives each hop without a password the first login of its user, or of `user`, or the first one of all.
+/// `missing_password` returns the password of a user who has none.
+pub(crate) fn assign_logins(
+    hops: &mut [Proxy],
+    logins: &[Credentials],
+    user: Option<&[u8]>,
+    missing_password: impl Fn(&Proxy, &[u8]) -> Result<Vec<u8>, CliError>,
+) -> Result<(), CliError> {
     for hop in hops.iter_mut().filter(|hop| hop.credentials.is_none()) {
-        let uname = hop.uname.as_ref().or(user.as_ref());
-        let login = match (find_login(&logins, uname.map(Vec::as_slice)), uname) {
+        let uname = hop.uname.as_deref().or(user);
+        let found = logins.iter().find(|login| uname.is_none_or(|uname| uname == login.uname));
+        let login = match (found, uname) {
             (Some(login), _) => login.clone(),
-            (None, Some(uname)) => Credentials { uname: uname.clone(), passwd: prompt_password(hop, uname, args)? },
+            (None, Some(uname)) => Credentials { uname: uname.into(), passwd: missing_password(hop, uname)? },
             (None, None) => continue,
         };
         check_credentials(&login).map_err(|error| CliError::usage(format!("proxy {hop}: {error}")))?;
         hop.credentials = Some(login);
     }
     Ok(())
-}
-
-/// Returns the first login of a user, or the first login if no user is given.
-pub(crate) fn find_login<'a>(logins: &'a [Credentials], uname: Option<&[u8]>) -> Option<&'a Credentials> {
-    logins.iter().find(|login| uname.is_none_or(|uname| uname == login.uname))
 }
 
 /// Reads the file of `--proxy-auth-file`.

@@ -9,7 +9,7 @@ use argh::{ArgsInfo, FromArgs};
 
 use crate::cmd::cli::syntax::{OPTIONAL_VALUE, Syntax};
 use crate::cmd::cli::values::{
-    parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout, parse_udp_relay,
+    parse_choice, parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout, parse_udp_relay,
 };
 use crate::net::DialError;
 use crate::proto::{Addr, Host, Method, ProtectionLevel};
@@ -273,11 +273,7 @@ fn parse_proxy_type(text: &str) -> Result<(), String> {
 }
 
 fn parse_dns_side(text: &str) -> Result<bool, String> {
-    match text {
-        "remote" => Ok(false),
-        "local" => Ok(true),
-        _ => Err("expected local or remote".into()),
-    }
+    parse_choice(text, [("local", true), ("remote", false)])
 }
 
 fn parse_count(text: &str) -> Result<u64, String> {

@@ -3,9 +3,9 @@
 use std::cell::OnceCell;
 use std::path::Path;
 
-use crate::client::{Proxy, check_credentials, parse_hops};
+use crate::client::{Proxy, parse_hops};
 use crate::cmd::cli::exit::CliError;
-use crate::cmd::netcat::credentials::{find_login, is_stream, read_environment, read_login_file};
+use crate::cmd::netcat::credentials::{assign_logins, is_stream, read_environment, read_login_file};
 use crate::proto::Credentials;
 
 /// Name of the `--via` hop in the log.
@@ -14,19 +14,13 @@ const VIA_HOP_NAME: &str = "--via";
 /// The hops and the source of their passwords.
 #[derive(Debug, Default)]
 pub(super) struct HopSources {
-    /// The `--via` hop is the last.
-    hops: Vec<HopOption>,
+    /// Names and proxies. The `--via` hop is the last.
+    hops: Vec<(String, Vec<Proxy>)>,
     login_file: Option<String>,
     /// The logins of a file that can be read only once, such as stdin.
     read_once: OnceCell<Vec<Credentials>>,
     /// Whether `--hop-auth` permits passwords.
     takes_passwords: bool,
-}
-
-#[derive(Debug)]
-struct HopOption {
-    name: String,
-    proxies: Vec<Proxy>,
 }
 
 impl HopSources {
@@ -46,25 +40,27 @@ impl HopSources {
                 let hint = "a name consists of letters, digits, \"-\", \"_\" and \".\", and is not \"direct\"";
                 return Err(CliError::usage(format!("--hop: expected NAME=URL; {hint}")));
             }
-            if sources.hops.iter().any(|hop| hop.name == name) {
+            if sources.hops.iter().any(|(other, _)| other == name) {
                 return Err(CliError::usage(format!("--hop: duplicate name {name:?}")));
             }
-            let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("--hop {name}: {error}")))?;
-            sources.hops.push(HopOption { name: name.into(), proxies });
+            sources.add(name, url)?;
         }
-        if let Some(url) = via {
-            let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("--via: {error}")))?;
-            sources.hops.push(HopOption { name: VIA_HOP_NAME.into(), proxies });
-        }
+        via.map_or(Ok(()), |url| sources.add(VIA_HOP_NAME, url))?;
         if sources.login_file.is_some() && sources.hops.is_empty() {
             return Err(CliError::usage("--proxy-auth-file requires --via or --hop"));
         }
         Ok(sources)
     }
 
+    fn add(&mut self, name: &str, url: &str) -> Result<(), CliError> {
+        let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("{}: {error}", option(name))))?;
+        self.hops.push((name.into(), proxies));
+        Ok(())
+    }
+
     /// Returns the names of the hops.
     pub(super) fn names(&self) -> Vec<String> {
-        self.hops.iter().map(|hop| hop.name.clone()).collect()
+        self.hops.iter().map(|(name, _)| name.clone()).collect()
     }
 
     /// Returns the file that is read again at each reload.
@@ -77,8 +73,15 @@ impl HopSources {
     /// # Errors
     /// The file is invalid, or a user has no password.
     pub(super) fn load(&self) -> Result<Vec<Vec<Proxy>>, CliError> {
-        let logins = if self.hops.is_empty() || !self.takes_passwords { Vec::new() } else { self.read_logins()? };
-        self.hops.iter().map(|hop| self.with_logins(hop, &logins)).collect()
+        let mut hops = self.hops.clone();
+        if self.takes_passwords && !hops.is_empty() {
+            let logins = self.read_logins()?;
+            for (name, proxies) in &mut hops {
+                assign_logins(proxies, &logins, None, no_password)
+                    .map_err(|error| CliError { message: format!("{}: {}", option(name), error.message), ..error })?;
+            }
+        }
+        Ok(hops.into_iter().map(|(_, proxies)| proxies).collect())
     }
 
     fn read_logins(&self) -> Result<Vec<Credentials>, CliError> {
@@ -93,20 +96,15 @@ impl HopSources {
         logins.extend(read_environment()?);
         Ok(logins)
     }
+}
 
-    fn with_logins(&self, hop: &HopOption, logins: &[Credentials]) -> Result<Vec<Proxy>, CliError> {
-        let option = if hop.name == VIA_HOP_NAME { VIA_HOP_NAME.into() } else { format!("--hop {}", hop.name) };
-        let mut proxies = hop.proxies.clone();
-        for proxy in proxies.iter_mut().filter(|proxy| self.takes_passwords && proxy.credentials.is_none()) {
-            let error = |problem: String| CliError::usage(format!("{option}: proxy {proxy}: {problem}"));
-            let login = find_login(logins, proxy.uname.as_deref());
-            if let (None, Some(uname)) = (login, &proxy.uname) {
-                let user = String::from_utf8_lossy(uname);
-                return Err(error(format!("no password for {user} (use --proxy-auth-file or S5_PROXY_AUTH)")));
-            }
-            login.map_or(Ok(()), check_credentials).map_err(error)?;
-            proxy.credentials = login.cloned();
-        }
-        Ok(proxies)
-    }
+/// Returns the option that defines a hop, for messages.
+fn option(name: &str) -> String {
+    if name == VIA_HOP_NAME { name.into() } else { format!("--hop {name}") }
+}
+
+fn no_password(proxy: &Proxy, uname: &[u8]) -> Result<Vec<u8>, CliError> {
+    let user = String::from_utf8_lossy(uname);
+    let remedy = "use --proxy-auth-file or S5_PROXY_AUTH";
+    Err(CliError::usage(format!("proxy {proxy}: no password for {user} ({remedy})")))
 }

@@ -112,7 +112,7 @@ async fn send(transfer: &Transfer<'_>, datagrams: &Receiver<Vec<u8>>, peer: Sock
 async fn receive(transfer: &Transfer<'_>, socket: &Io<UdpSocket>, peer: SocketAddr) -> Result<(), CliError> {
     loop {
         let (from, data) = transfer.recv().await?;
-        if !transfer.is_from_target(&from) {
+        if !transfer.association.is_from_target(&from) {
             log::debug!("dropped an answer from {from}: it is not from the target");
             continue;
         }

@@ -19,7 +19,7 @@ use crate::proto::Addr;
 /// An association to one target.
 pub(super) struct Transfer<'a> {
     pub(super) connector: &'a Connector,
-    association: Association,
+    pub(super) association: Association,
     /// Time of the last datagram in either direction.
     last_activity: Cell<Instant>,
     counts: Arc<ByteCounts>,
@@ -70,11 +70,6 @@ impl Transfer<'_> {
         Err(self.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {limit:?}")))
     }
 
-    /// Returns the relay, if it has another address than its proxy.
-    pub(super) fn relay_elsewhere(&self) -> Option<&Addr> {
-        self.association.relay_elsewhere()
-    }
-
     /// Sends and counts a datagram.
     pub(super) async fn send(&self, data: &[u8]) -> io::Result<()> {
         let sent = self.association.send(data).await;
@@ -89,16 +84,6 @@ impl Transfer<'_> {
     pub(super) async fn recv(&self) -> Result<(Addr, Vec<u8>), CliError> {
         let received = self.association.recv().await;
         received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))
-    }
-
-    /// Returns true if a datagram from this address is an answer of the target.
-    pub(super) fn is_from_target(&self, from: &Addr) -> bool {
-        self.association.is_from_target(from)
-    }
-
-    /// Returns a datagram that has already arrived, if any. The caller counts it.
-    pub(super) fn try_recv(&self) -> Option<Vec<u8>> {
-        self.association.try_recv().map(|(_, data)| data)
     }
 
     /// Counts an answer.
