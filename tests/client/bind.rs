@@ -35,25 +35,6 @@ fn bind_reports_address_and_peer_and_relays_both_directions() {
 }
 
 #[test]
-fn each_failure_of_the_second_reply_has_its_status() {
-    let closed = "the proxy closed the connection";
-    let table = [
-        ("", 97, closed),
-        ("< 05 00 00 01 00 00", 97, closed),
-        ("reset", 97, "connection reset by peer"),
-        ("< 05 02 00 01 00*6", 102, "not allowed by ruleset (REP 2)"),
-        ("< 04 00 00 01 00*6", 97, "not a SOCKS5 server (first byte 0x04, SOCKS4?)"),
-        ("< 05 00 00 09 00*6", 97, "not a SOCKS5 server (unknown address type 9)"),
-    ];
-    for (second, status, reason) in table {
-        let proxy = ScriptedServer::start(&(reply("05 00 00 01 7f 00 00 01 10 e1") + second));
-        let line = format!("s5: proxy {}: waiting for the peer, for 192.0.2.1:0: {reason}", proxy.addr);
-        let expected = failure(status, &format!("bound 127.0.0.1:4321\n{line}\n"));
-        assert_eq!(outcome(&format!("bind -x {} 192.0.2.1", proxy.addr), b""), expected);
-    }
-}
-
-#[test]
 fn error_says_that_the_proxy_stopped_waiting_and_how_to_wait_longer() {
     let server = Server::start(&["--bind-timeout", "200ms"]);
     let proxy = server.addr().to_string();

@@ -11,19 +11,6 @@ fn sent_request(mode: &str, scheme: &str) -> Vec<u8> {
 }
 
 #[test]
-fn each_target_form_is_sent_with_its_atyp() {
-    let v6 = [&[4, 0x20, 1, 0x0d, 0xb8][..], &[0; 11], &[1, 0, 22]].concat();
-    let mapped = [&[4][..], &[0; 10], &[255, 255, 192, 0, 2, 1, 0, 22]].concat();
-    for (target, dst) in [
-        ("192.0.2.1 65535", &[1, 192, 0, 2, 1, 255, 255][..]),
-        ("[2001:db8::1] 22", &v6),
-        ("::ffff:192.0.2.1 22", &mapped),
-    ] {
-        assert_eq!(sent_request(&format!("connect {target}"), ""), [&[5, 1, 0], dst].concat(), "{target}");
-    }
-}
-
-#[test]
 fn oversized_fields_are_rejected_before_connecting() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("free port");
     let proxy = listener.local_addr().expect("local address");

@@ -1,4 +1,5 @@
-//! An independent client with an open tunnel: which tokens the server accepts in a protected stream.
+//! An independent client with an open tunnel: which tokens the server accepts in a protected stream. tests/wire/protected.rs
+//! has its pieces and its end.
 
 use crate::peer::{ABORT, ALL, AUTHENTICATION, DATA, Library, PROTECTION, Peer, message, set_up};
 use crate::support::realm::Realm;
@@ -134,40 +135,6 @@ fn unencrypted_token_is_rejected_at_confidentiality() {
 }
 
 #[test]
-fn encrypted_token_is_accepted_at_integrity() {
-    let Some(setup) = Setup::new() else { return };
-    let (mut peer, mut target, _) = setup.tunnel(1);
-    let token = peer.context.message(DATA, b"secret", true);
-    peer.send_raw(&token);
-    assert_eq!(read_exact(&mut target, 6), b"secret");
-    target.write_all(b"answer").expect("sent");
-    assert_eq!(peer.receive(), b"answer");
-}
-
-#[test]
-fn end_of_stream_within_a_frame_is_an_error() {
-    let Some(setup) = Setup::new() else { return };
-    let length = 4 + 60 + 4;
-    for end in 0..=length {
-        let (mut peer, mut target, from) = setup.tunnel(2);
-        let bytes = peer.frame(b"last");
-        assert_eq!(bytes.len(), length);
-        peer.send_raw(&bytes[..end]);
-        peer.shutdown();
-        let case = format!("{end} bytes");
-        match end {
-            // The end between two frames is a half-close.
-            0 => assert_eq!(stream_end(&mut target), StreamEnd::Closed(vec![])),
-            68 => assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"last".to_vec())),
-            _ => assert_eq!(read_until_reset(&mut target, &case), b""),
-        }
-        if end % length > 0 {
-            wait_session_error(&setup, from, "connection closed within a token");
-        }
-    }
-}
-
-#[test]
 fn tokens_of_all_sizes_pass() {
     let Some(setup) = Setup::new() else { return };
     let echo = echo_server();
@@ -183,15 +150,4 @@ fn tokens_of_all_sizes_pass() {
             assert!(peer.receive_all(length) == bytes(length), "{length} bytes at level {level}");
         }
     }
-}
-
-#[test]
-fn tokens_pass_in_any_pieces() {
-    let Some(setup) = Setup::new() else { return };
-    let (mut peer, mut target, _) = setup.tunnel(2);
-    let all: Vec<u8> = (0..300_usize).flat_map(|i| peer.frame(&bytes(i % 50))).collect();
-    all.chunks(97).for_each(|piece| peer.send_raw(piece));
-    peer.shutdown();
-    let expected: Vec<u8> = (0..300_usize).flat_map(|i| bytes(i % 50)).collect();
-    assert!(stream_end(&mut target) == StreamEnd::Closed(expected), "wrong data");
 }
