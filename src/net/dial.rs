@@ -153,12 +153,18 @@ pub fn unspecified(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// Limits of the lookups and connection attempts that run at the same time. A guard counts one until it is dropped.
+/// Limits of the lookups and connection attempts that run at the same time. A guard counts one until it is dropped. By
+/// default, there are none.
 pub trait DialLimits: fmt::Debug + Send + Sync {
     /// Waits until another lookup may start.
-    fn start_lookup(&self) -> Pin<Box<dyn Future<Output = LimitGuard> + '_>>;
+    fn start_lookup(&self) -> Pin<Box<dyn Future<Output = LimitGuard> + '_>> {
+        Box::pin(ready(Box::new(()) as LimitGuard))
+    }
+
     /// Returns `None` unless another attempt may start, in addition to those that are running for the same connection.
-    fn start_extra_attempt(&self) -> Option<LimitGuard>;
+    fn start_extra_attempt(&self) -> Option<LimitGuard> {
+        Some(Box::new(()))
+    }
 }
 
 /// Counts a lookup or a connection attempt until it is dropped.
@@ -168,15 +174,7 @@ pub type LimitGuard = Box<dyn Send>;
 #[derive(Debug)]
 pub struct Unlimited;
 
-impl DialLimits for Unlimited {
-    fn start_lookup(&self) -> Pin<Box<dyn Future<Output = LimitGuard> + '_>> {
-        Box::pin(ready(Box::new(()) as LimitGuard))
-    }
-
-    fn start_extra_attempt(&self) -> Option<LimitGuard> {
-        Some(Box::new(()))
-    }
-}
+impl DialLimits for Unlimited {}
 
 /// Connects to the first of `addrs` that accepts (RFC 8305), and returns it too. Address families alternate, and at most
 /// [`MAX_ADDRS_TRIED`] are tried. The next attempt starts after 250 ms, or at once if one fails. If too many are running, it
@@ -232,11 +230,10 @@ type Attempts = VecDeque<(Option<LimitGuard>, Attempt)>;
 /// Adds an attempt. At a limit, it replaces the oldest one: then returns true.
 fn replace_or_add(attempts: &mut Attempts, limits: &dyn DialLimits, attempt: Attempt) -> bool {
     let may_add = (1..MAX_ATTEMPTS).contains(&attempts.len());
-    let mut guard = may_add.then(|| limits.start_extra_attempt()).flatten();
+    let guard = may_add.then(|| limits.start_extra_attempt()).flatten();
     let replaced = if guard.is_none() { attempts.pop_front() } else { None };
     let is_replaced = replaced.is_some();
-    guard = guard.or_else(|| replaced?.0);
-    attempts.push_back((guard, attempt));
+    attempts.push_back((guard.or_else(|| replaced?.0), attempt));
     is_replaced
 }
 
