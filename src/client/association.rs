@@ -96,21 +96,16 @@ impl Client {
                 }
                 Ok(PeerSocket::connect(peer)?)
             };
-            let socket =
-                open_socket.await.map_err(|kind| if hops.is_empty() { kind } else { relay_error(kind, peer) })?;
+            // An error of the socket to a relay names the relay.
+            let socket = open_socket.await.map_err(|kind| match kind {
+                ClientErrorKind::Unreachable(error) if !hops.is_empty() && error != DialError::LocalAddr => {
+                    ClientErrorKind::Relay(peer.clone(), error)
+                }
+                kind => kind,
+            })?;
             Ok(Association { hops, socket, dst: self.dst.clone(), target, invalid: Cell::default() })
         })
         .await
-    }
-}
-
-/// Names the relay in an error of the socket to it.
-fn relay_error(kind: ClientErrorKind, relay: &Addr) -> ClientErrorKind {
-    match kind {
-        ClientErrorKind::Unreachable(error) if error != DialError::LocalAddr => {
-            ClientErrorKind::Relay(relay.clone(), error)
-        }
-        kind => kind,
     }
 }
 

@@ -8,7 +8,7 @@ mod journal;
 pub(super) mod logger;
 pub(super) mod manual;
 pub(super) mod output_file;
-pub(super) mod secrets;
+pub mod secrets;
 pub mod syntax;
 pub(super) mod text_file;
 pub mod values;

@@ -1,4 +1,4 @@
-//! Texts of users: addresses, URLs of proxies, listeners, times, and arguments. Also errors of connect(2).
+//! Texts of users: addresses, URLs of proxies, listeners, times, and arguments. Also parts of messages and reports.
 
 use std::io;
 use std::time::Duration;
@@ -7,7 +7,11 @@ use rustix::io::Errno;
 use s5::client::{Proxy, parse_addr_or_host};
 use s5::cmd::cli::argv::normalize;
 use s5::cmd::cli::exit::plain_os_errors;
+use s5::cmd::cli::secrets::{password_in_option, password_in_url};
 use s5::cmd::cli::values::{parse_duration, parse_rate};
+use s5::cmd::netcat::progress::format_size;
+use s5::cmd::netcat::proxies::is_excluded;
+use s5::cmd::netcat::report::{format_millis, quote};
 use s5::cmd::syntax;
 use s5::net::{DialError, parse_literal};
 use s5::server::ListenAddr;
@@ -271,4 +275,72 @@ fn connect_errno_maps_to_dial_error() {
     for (errno, addr, error) in table {
         assert_eq!(DialError::from_connect(&errno.into(), addr), error, "{errno}");
     }
+}
+
+#[test]
+fn no_proxy_ignores_case_and_accepts_wildcards_ports_and_ipv6() {
+    let table = [
+        ("example.org", "www.Example.ORG.:80", true),
+        ("*.example.org", "www.example.org:80", true),
+        ("example.org:80", "example.org:80", true),
+        ("example.org:81", "example.org:80", false),
+        ("10.1.2.3", "[::ffff:10.1.2.3]:80", true),
+        ("::1", "[::1]:80", true),
+        ("[::1]", "[::1]:80", true),
+        ("[::1]:81", "[::1]:80", false),
+        ("2001:db8::/32", "[2001:db8::7]:80", true),
+        ("fe80::1%eth0", "[fe80::1%eth0]:80", true),
+        ("fe80::/10", "[fe80::1%eth0]:80", true),
+        ("fe80::2", "[fe80::1%eth0]:80", false),
+        (".", "example.org:80", false),
+    ];
+    for (list, target, expected) in table {
+        let dst = target.parse().expect("a target");
+        assert_eq!(is_excluded(list, &dst), expected, "{list} {target}");
+    }
+}
+
+#[test]
+fn password_may_contain_delimiters_and_may_be_missing() {
+    let table = [
+        ("-xalice:se:cr@et@proxy", Some("se:cr@et")),
+        ("-xalice:a://b@proxy", Some("a://b")),
+        ("name=alice:secret@proxy", Some("secret")),
+        ("alice@proxy:1080", None),
+        ("alice@[::1]:1080", None),
+        ("[::1]:1080", None),
+        ("", None),
+    ];
+    for (arg, secret) in table {
+        let found = password_in_url(arg).and_then(|span| arg.get(span));
+        assert_eq!(found, secret, "{arg}");
+    }
+    let table = [("-Palice:a:b", Some("a:b")), ("alice:a:b", Some("a:b")), ("alice:a:bc", None)];
+    for (arg, secret) in table {
+        let found = password_in_option(arg, "alice:a:b").and_then(|span| arg.get(span));
+        assert_eq!(found, secret, "{arg}");
+    }
+}
+
+#[test]
+fn size_has_the_largest_unit_not_above_it() {
+    let table = [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (1 << 20, "1.0 MiB"),
+        ((1 << 30) - 1, "1023.9 MiB"),
+        (u64::MAX, "16777215.9 TiB"),
+    ];
+    for (bytes, shown) in table {
+        assert_eq!(format_size(bytes), shown);
+    }
+}
+
+#[test]
+fn quote_escapes_quotes_backslashes_and_invisible_characters() {
+    assert_eq!(quote("a\"b\\c\nd\x1be \u{e9}"), "\"a\\\"b\\\\c\\u000ad\\u001be \u{e9}\"");
+    assert_eq!(quote("\u{7f}\u{202e}\u{e0041}"), r#""\u007f\u202e\udb40\udc41""#);
+    assert_eq!(format_millis(Duration::from_micros(12_034_056)), "12034.056");
 }

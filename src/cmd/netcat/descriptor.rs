@@ -1,21 +1,10 @@
-//! File descriptors inherited from the shell, as in `fd:3`, and named pipes.
+//! File descriptors inherited from the shell, as in `fd:3`.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
 
 use filedescriptor::FileDescriptor;
-use rustix::fs::{FileType, OFlags};
-
-/// Opens a named pipe for reading or writing, with O_NONBLOCK.
-///
-/// # Errors
-/// Those of open(2). ENXIO: the pipe is opened for writing and has no reader.
-pub(crate) fn open_fifo(path: &Path, writes: bool) -> io::Result<File> {
-    let flag = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
-    OpenOptions::new().read(!writes).write(writes).custom_flags(flag).open(path)
-}
+use rustix::fs::FileType;
 
 /// Returns the number after `fd:`, or `None` for the name of a file.
 pub(crate) fn fd_number(text: &str) -> Option<&str> {

@@ -1,7 +1,7 @@
 //! The options of the three client modes, which share most of them. A mode omits unsupported options from its help and
 //! refuses them with a reason.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -288,27 +288,23 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     if let Some(port) = text.strip_prefix(':').filter(|port| port.parse::<u16>().is_ok()) {
         return Err(format!("expected [ADDR:]PORT (write *:{port} for all addresses, or {port} for loopback)"));
     }
-    let listen = text.parse::<ListenAddr>();
-    let (ip, port) = match &listen {
-        Ok(ListenAddr::Loopback(port)) => (Ipv4Addr::LOCALHOST.into(), *port),
-        Ok(ListenAddr::Wildcard(port)) => (Ipv4Addr::UNSPECIFIED.into(), *port),
-        Ok(ListenAddr::Host(Addr { host: Host::Ip(ip), port })) => (*ip, *port),
-        Ok(ListenAddr::Host(Addr { host: Host::Name(name), port })) if name.as_str() == "localhost" => {
-            (Ipv4Addr::LOCALHOST.into(), *port)
+    match text.parse() {
+        Ok(ListenAddr::Host(Addr { host: Host::Name(name), .. }))
+            if name.as_str() != "localhost" && !name.is_zoned_address() => {}
+        Err(_) | Ok(ListenAddr::Unix(_)) => {}
+        Ok(listen) => {
+            // Of two families, IPv4.
+            let addr = listen.addrs().into_iter().min_by_key(SocketAddr::is_ipv6);
+            return addr.ok_or_else(|| DialError::NoInterface.to_string());
         }
-        Ok(zoned @ ListenAddr::Host(Addr { host: Host::Name(name), .. })) if name.is_zoned_address() => {
-            return zoned.addrs().first().copied().ok_or_else(|| DialError::NoInterface.to_string());
-        }
-        _ => {
-            return Err(match text.parse() {
-                Ok(Host::Ip(ip @ IpAddr::V6(_))) => format!("expected [ADDR:]PORT (write [{ip}]:PORT)"),
-                Ok(Host::Ip(_)) => format!("expected [ADDR:]PORT (write {text}:PORT)"),
-                _ if text == "localhost" => "expected [ADDR:]PORT (write localhost:PORT)".into(),
-                _ => "expected [ADDR:]PORT (-l takes a value: write other options before it)".into(),
-            });
-        }
+    }
+    let own = match text.parse() {
+        Ok(Host::Ip(IpAddr::V6(ip))) => format!("write [{ip}]:PORT"),
+        Ok(Host::Ip(IpAddr::V4(_))) => format!("write {text}:PORT"),
+        _ if text == "localhost" => "write localhost:PORT".into(),
+        _ => "-l takes a value: write other options before it".into(),
     };
-    Ok(SocketAddr::new(ip, port))
+    Err(format!("expected [ADDR:]PORT ({own})"))
 }
 
 impl ClientArgs {

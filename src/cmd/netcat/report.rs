@@ -108,12 +108,13 @@ fn or_null(value: Option<impl ToString>) -> String {
     value.map_or("null".into(), |value| value.to_string())
 }
 
-fn format_millis(time: Duration) -> String {
+/// Formats a time in milliseconds, with microseconds as decimals.
+pub fn format_millis(time: Duration) -> String {
     format!("{}.{:03}", time.as_millis(), time.subsec_micros() % 1000)
 }
 
 /// Quotes a string. The reader of the object may be a terminal, so invisible characters are escaped too.
-fn quote(text: &str) -> String {
+pub fn quote(text: &str) -> String {
     let mut out = String::from("\"");
     for c in text.chars() {
         match c {
@@ -123,16 +124,4 @@ fn quote(text: &str) -> String {
         }
     }
     out + "\""
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn quote_escapes_quotes_backslashes_and_invisible_characters() {
-        assert_eq!(quote("a\"b\\c\nd\x1be \u{e9}"), "\"a\\\"b\\\\c\\u000ad\\u001be \u{e9}\"");
-        assert_eq!(quote("\u{7f}\u{202e}\u{e0041}"), r#""\u007f\u202e\udb40\udc41""#);
-        assert_eq!(format_millis(Duration::from_micros(12_034_056)), "12034.056");
-    }
 }

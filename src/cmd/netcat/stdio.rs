@@ -1,17 +1,17 @@
 //! stdin and stdout, or those of a child process, as one stream for the relay.
 
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::future::poll_fn;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use futures_lite::{AsyncRead, AsyncWrite};
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::OFlags;
 use smol::Unblock;
 
 use super::descriptor;
@@ -72,8 +72,12 @@ impl StdioEnd {
             return Self::File(file);
         }
         let reopen = || {
-            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            descriptor::open_fifo(Path::new(&path), writes).and_then(Io::new)
+            let mut options = OpenOptions::new();
+            options
+                .read(!writes)
+                .write(writes)
+                .custom_flags(i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default());
+            options.open(format!("/proc/self/fd/{}", file.as_raw_fd())).and_then(Io::new)
         };
         match kind.is_fifo().then(reopen) {
             Some(Ok(pipe)) => Self::Pipe(pipe),
