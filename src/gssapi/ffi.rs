@@ -9,7 +9,7 @@
 #![warn(clippy::undocumented_unsafe_blocks)]
 
 use std::error::Error as _;
-use std::ffi::{CStr, CString, OsString, c_int, c_void};
+use std::ffi::{CStr, CString, OsString, c_int, c_ulong, c_void};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -31,8 +31,14 @@ use crate::proto::MAX_TOKEN_LEN;
 
 /// The libraries of MIT and Heimdal. The first one that is installed is used.
 const LIBRARY_NAMES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
-/// Environment variable for tests: the absolute path of the only library to open.
+/// Environment variable for tests: the absolute path of the only library to open. Ignored by a process with more
+/// privileges than its caller (capabilities of the file, or set-user-ID).
 const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
+const AT_SECURE: c_ulong = 23;
+
+unsafe extern "C" {
+    safe fn getauxval(kind: c_ulong) -> c_ulong;
+}
 
 // SAFETY: an Oid points to constants.
 unsafe impl Sync for Oid {}
@@ -96,7 +102,7 @@ functions! {
 /// Returns the library. Opens it at the first call.
 fn api() -> LibraryResult<&'static Api> {
     static API: OnceLock<LibraryResult<Api>> = OnceLock::new();
-    let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR) {
+    let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR).filter(|_| getauxval(AT_SECURE) == 0) {
         Some(path) if Path::new(&path).is_absolute() => open_library(path),
         Some(path) => Err(format!("{LIBRARY_ENV_VAR} is not an absolute path: {}", path.display())),
         None => {

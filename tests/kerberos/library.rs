@@ -62,6 +62,31 @@ fn server_with_gssapi_does_not_start_without_usable_library() {
 }
 
 #[test]
+fn library_of_the_environment_is_ignored_by_a_privileged_process() {
+    if !rustix::process::getuid().is_root() || !is_installed("setpriv") {
+        return record_skip("needs root");
+    }
+    let dir = temp_dir();
+    let copy = dir.path().join("s5");
+    std::fs::copy(env!("CARGO_BIN_EXE_s5"), &copy).expect("copied");
+    let set_mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).expect("mode set");
+    };
+    if rustix::fs::statvfs(&copy).expect("a file system").f_flag.contains(rustix::fs::StatVfsMountFlags::NOSUID) {
+        return record_skip("set-user-ID has no effect here");
+    }
+    set_mode(dir.path(), 0o755);
+    let error = |mode| {
+        set_mode(&copy, mode);
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--clear-groups"]).arg(&copy).args(["serve", "--keytab", "/dev/null"]);
+        String::from_utf8_lossy(&run(command.env(LIBRARY_ENV_VAR, "/nonexistent.so"), b"", TIMEOUT).stderr).into_owned()
+    };
+    assert!(error(0o755).contains("/nonexistent.so"), "{}", error(0o755));
+    assert!(!error(0o4755).contains("/nonexistent.so"), "{}", error(0o4755));
+}
+
+#[test]
 fn missing_library_error_names_the_package() {
     if !is_installed("unshare") {
         return;
