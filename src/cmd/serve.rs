@@ -341,6 +341,7 @@ impl ServeArgs {
         Ok(PolicySources {
             users: self.users.take(),
             rules: self.rules.take(),
+            keytab: self.keytab.clone(),
             rule_options,
             methods,
             hops: HopSources::new(&self.hop, self.via.as_deref(), login_file, takes_passwords)?,

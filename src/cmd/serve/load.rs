@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{self, Path, PathBuf};
 use std::sync::Arc;
 
 use super::hops::HopSources;
@@ -39,6 +40,8 @@ pub(super) struct PolicySources {
     pub(super) methods: Vec<Method>,
     /// Rules of the command line, in order.
     pub(super) rule_options: Vec<RuleOption>,
+    /// Read by the GSSAPI library, not here.
+    pub(super) keytab: Option<PathBuf>,
     /// Upstreams, by index.
     pub(super) hops: HopSources,
     /// Route of rules without `via=`.
@@ -80,14 +83,18 @@ impl PolicySources {
     /// Those of `load`, and a file that is not a regular one: a pipe may have no writer, and opening it would block.
     pub(super) fn reload(&self) -> Result<Configuration, CliError> {
         let is_special = |file: &&Path| fs::metadata(file).is_ok_and(|metadata| !metadata.is_file());
-        let files = [self.users.as_deref(), self.rules.as_deref(), self.hops.file()];
-        match files.into_iter().flatten().find(is_special) {
+        match self.files().find(is_special) {
             Some(file) => Err(file_error(file, "not a regular file (a directory or a pipe cannot be reloaded)")),
             None => self.load(),
         }
     }
 
+    fn files(&self) -> impl Iterator<Item = &Path> {
+        [self.users.as_deref(), self.rules.as_deref(), self.hops.file()].into_iter().flatten()
+    }
+
     fn warn(&self, policy: &Policy) {
+        self.files().chain(self.keytab.as_deref()).for_each(warn_if_everybody_can_change);
         if let (Some(file), Some(0)) = (&self.users, policy.users.as_ref().map(|users| users.len())) {
             log::warn!("{}: no users, so every login is refused (add users with --add-user)", file.display());
         }
@@ -132,6 +139,20 @@ pub(super) fn gssapi_acceptor(
     }
     let file = keytab.as_ref().map_or("--auth gssapi without --keytab".into(), |file| file.display().to_string());
     Acceptor::new(keytab, service, levels).map_err(|error| CliError::new(ExitStatus::USAGE, format!("{file}: {error}")))
+}
+
+/// Logs a warning if everybody can write the file, or replace it in one of the folders above it.
+fn warn_if_everybody_can_change(file: &Path) {
+    let is_writable = |path: &&Path| {
+        let mode = fs::metadata(path).map_or(0, |metadata| metadata.mode());
+        // A regular file (S_IFREG), or a directory (S_IFDIR) without the sticky bit, which everybody can write.
+        matches!(mode & 0o171_002, 0o100_002 | 0o101_002 | 0o040_002)
+    };
+    let paths = [fs::canonicalize(file), path::absolute(file)];
+    let found = paths.iter().flatten().find_map(|path| path.ancestors().find(is_writable));
+    if let Some(found) = found.map(Path::display) {
+        log::warn!("{}: everybody can change it (run chmod o-w {found})", file.display());
+    }
 }
 
 pub(super) fn file_error(file: &Path, problem: impl std::fmt::Display) -> CliError {

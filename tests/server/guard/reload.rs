@@ -288,3 +288,31 @@ fn many_reloads_disturb_no_allowed_session_also_during_shutdown() {
     drop(stream);
     assert_eq!(setup.server.wait(TIMEOUT).code(), Some(0));
 }
+
+#[test]
+fn file_that_everybody_can_change_is_a_warning_at_start_and_reload() {
+    let dir = temp_dir();
+    let texts = [("users", only_alice()), ("rules", "# none\n"), ("auth", "a:b\n")];
+    let files = texts.map(|(name, text)| write_file(dir.path(), name, text));
+    let args = ["--users", &files[0], "--rules", &files[1], "--via", "127.0.0.1:9", "--proxy-auth-file", &files[2]];
+    let set_mode =
+        |path: &str, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("mode set");
+    let folder = dir.path().display().to_string();
+    let warning = |file: &str, remedy: &str| format!("{file}: everybody can change it (run chmod o-w {remedy})");
+    let warnings = |log: &str| log.matches("everybody can change it").count();
+    set_mode(&folder, 0o1777);
+    let server = Server::start(&args);
+    assert_eq!(warnings(&server.log()), 0, "{}", server.log());
+    for (file, n) in files.iter().zip(1..) {
+        set_mode(file, 0o666);
+        server.reload();
+        let log = server.wait_log(|log| log.contains(&warning(file, file)));
+        assert_eq!(warnings(&log), n, "{log}");
+        set_mode(file, 0o600);
+    }
+    set_mode(&folder, 0o777);
+    let server = Server::start(&args);
+    for file in &files {
+        server.wait_log(|log| log.contains(&warning(file, &folder)));
+    }
+}
