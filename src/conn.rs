@@ -89,10 +89,18 @@ impl fmt::Display for ReadError {
 
 impl Conn {
     /// Reads one message. The next read returns the bytes after it. The caller sets the deadline.
-    pub async fn read_message<M: Message>(&mut self) -> Result<M, ReadError> {
+    pub fn read_message<M: Message>(&mut self) -> impl Future<Output = Result<M, ReadError>> {
+        self.read_message_with(|| {})
+    }
+
+    /// Like [`Self::read_message`]. Calls `on_receipt` after each read that has returned bytes.
+    pub fn read_message_with<M: Message>(
+        &mut self,
+        on_receipt: impl Fn(),
+    ) -> impl Future<Output = Result<M, ReadError>> {
         // Bytes of a message that arrives in several pieces.
         let (mut begun, mut missing) = (Vec::new(), M::MIN_LEN);
-        poll_fn(|cx| {
+        poll_fn(move |cx| {
             loop {
                 // On the stack: an idle handshake owns no buffer, and a length field alone allocates nothing.
                 let mut buffer = [0; READ_LEN];
@@ -104,6 +112,7 @@ impl Conn {
                     Ok(n) if n > 0 => buffer.get(..n).unwrap_or_default(),
                     end => return Poll::Ready(Err(ReadError::Closed(take(&mut begun), end.err()))),
                 };
+                on_receipt();
                 let bytes = if begun.is_empty() {
                     received
                 } else {
@@ -125,7 +134,6 @@ impl Conn {
                 }
             }
         })
-        .await
     }
 
     /// Makes the next read return `bytes`, which were read from the socket.

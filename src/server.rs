@@ -15,6 +15,7 @@ mod limiter;
 mod listen;
 mod local_addr;
 mod log_queue;
+mod log_shares;
 mod login_throttle;
 mod logins;
 mod options;
@@ -153,6 +154,7 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
         // The panic of a worker is already reported.
         let _ = thread.join();
     }
+    log_shares::report();
     result
 }
 

@@ -14,6 +14,7 @@ use super::counters::COUNTERS;
 use super::handshakes::HandshakeGuard;
 use super::limiter::warn;
 use super::listen::Listener;
+use super::log_shares::Topic;
 use super::session;
 use super::session_log::request_from;
 use super::shares::{ClientKey, ShareGuard};
@@ -88,7 +89,7 @@ impl AcceptLoop {
         let session = Session::new(self.server.clone(), client, share);
         if let Err(denial) = session.policy.authorize(&request_from(client)) {
             COUNTERS.count_refused();
-            session.log.set_error(denial);
+            session.log.set_error_of(Topic::Refused, denial);
             return None;
         }
         session.log.log_start();

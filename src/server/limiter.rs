@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::handshakes::Handshakes;
+use super::log_shares::{Topic, admit};
 use super::options::Quotas;
 use super::shares::{ClientKey, ShareGuard, Shares};
 use crate::net::{RateLimit, TokenBucket};
@@ -112,12 +113,9 @@ impl Limiter {
     }
 }
 
-/// Logs at most one warning per second and drops the others.
+/// Logs at most one warning per second, and counts the others.
 pub(super) fn warn(text: impl FnOnce() -> String) {
-    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
-    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
-        *last = Some(Instant::now());
+    if admit(Topic::Warning, None) {
         log::warn!("{}", text());
     }
 }

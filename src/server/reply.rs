@@ -1,5 +1,6 @@
 //! The errors of a session, and the replies for them. Only this file maps errors to REP.
 
+use super::log_shares::Topic;
 use super::policy_handle::Denial;
 use crate::client::{ClientError, ClientErrorKind};
 use crate::net::DialError;
@@ -15,13 +16,14 @@ pub(super) struct SessionError {
     pub(super) rep: Option<Rep>,
     /// For the log.
     pub(super) reason: String,
+    pub(super) topic: Topic,
 }
 
 impl SessionError {
     /// A failure reply (RFC 1928 section 6).
     pub(super) fn with_rep(rep: Rep, reason: impl ToString) -> Self {
         let reply = Reply { rep, bnd: Addr::UNSPECIFIED }.encode();
-        Self { reply, rep: Some(rep), reason: reason.to_string() }
+        Self { reply, rep: Some(rep), ..Self::silent(reason) }
     }
 
     pub(super) fn general_failure(reason: impl ToString) -> Self {
@@ -47,12 +49,17 @@ impl SessionError {
     }
 
     pub(super) fn with_message(message: &impl Message, reason: impl ToString) -> Self {
-        Self { reply: message.encode(), rep: None, reason: reason.to_string() }
+        Self { reply: message.encode(), ..Self::silent(reason) }
     }
 
     /// Closes the connection without a message.
     pub(super) fn silent(reason: impl ToString) -> Self {
-        Self { reply: Vec::new(), rep: None, reason: reason.to_string() }
+        Self { reply: Vec::new(), rep: None, reason: reason.to_string(), topic: Topic::Session }
+    }
+
+    /// Makes the log line one for a verbose server: the client has asked for nothing.
+    pub(super) fn quiet(self) -> Self {
+        Self { topic: Topic::Step, ..self }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Each command sends its own success reply. Failure replies of all stages are sent only by [`start`], so that each
 //! path replies exactly once.
 
+use std::cell::Cell;
 use std::time::Instant;
 
 use futures_lite::FutureExt as _;
@@ -51,7 +52,7 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
             Ok(None) => {}
             Err(error) => {
                 session.log.rep = error.rep.or(session.log.rep);
-                session.log.set_error(error.reason);
+                session.log.set_error_of(error.topic, error.reason);
                 // Logs the session now: closing can take seconds.
                 let Session { permit: _permit, log, .. } = session;
                 drop(log);
@@ -93,7 +94,12 @@ struct Authenticated {
 impl Authenticated {
     async fn read_request(&self, session: &Session, conn: &mut Conn) -> SessionResult<Request> {
         let request = timeout_at(self.deadline, conn.read_message()).await.ok_or_else(|| session.timed_out())?;
-        request.map_err(|error| read_error(error, |error| SessionError::with_rep(error.rep(), error)))
+        request.map_err(|error| {
+            // A check whether this is a SOCKS5 server, such as `s5 connect -z`.
+            let is_check = matches!(&error, ReadError::Closed(begun, None) if begun.is_empty());
+            let error = read_error(error, |error| SessionError::with_rep(error.rep(), error));
+            if is_check && session.log.user.is_none() { error.quiet() } else { error }
+        })
     }
 }
 
@@ -101,7 +107,10 @@ impl Session {
     /// Selects a method and authenticates the client, within the handshake timeout.
     async fn log_in(&mut self, conn: &mut Conn) -> SessionResult<Authenticated> {
         let deadline = Instant::now() + self.server().options.handshake_timeout;
-        let method = timeout_at(deadline, self.select_method(conn)).await.ok_or_else(|| self.timed_out())??;
+        let has_sent = Cell::new(false);
+        let selected = timeout_at(deadline, self.select_method(conn, || has_sent.set(true))).await;
+        let selected = selected.unwrap_or_else(|| Err(self.timed_out()));
+        let method = selected.map_err(|error| if has_sent.get() { error } else { error.quiet() })?;
         match method {
             // Boxed, once the login has arrived: a client that sends nothing takes no memory for it.
             Method::PASSWORD => {
@@ -137,8 +146,9 @@ impl Session {
         SessionError::silent(format!("handshake timed out after {:?}", self.server().options.handshake_timeout))
     }
 
-    async fn select_method(&self, conn: &mut Conn) -> SessionResult<Method> {
-        let greeting: Greeting = conn.read_message().await.map_err(|error| read_error(error, greeting_error))?;
+    async fn select_method(&self, conn: &mut Conn, on_receipt: impl Fn()) -> SessionResult<Method> {
+        let greeting = conn.read_message_with(on_receipt).await;
+        let greeting: Greeting = greeting.map_err(|error| read_error(error, greeting_error))?;
         let selected = self.policy.policy.select_method(&greeting.methods);
         self.log.log_methods(&greeting.methods, selected);
         let Some(method) = selected else {
@@ -216,5 +226,5 @@ fn greeting_error(error: ProtocolError) -> SessionError {
     };
     let protocol = OtherProtocol(first);
     let reason = format!("not SOCKS5: the client's first byte is {protocol}");
-    SessionError { reply: protocol.rejection().to_vec(), rep: None, reason }
+    SessionError { reply: protocol.rejection().to_vec(), ..SessionError::silent(reason) }
 }

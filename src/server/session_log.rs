@@ -3,6 +3,7 @@
 //! The lines are logfmt: `key=value`, with the keys of rules and of `--explain`. A value that is not known is left out.
 //! Text that a client, a peer or a hop can choose is quoted and escaped.
 
+use std::ascii::escape_default;
 use std::cell::{Cell, OnceCell};
 use std::fmt;
 use std::future::poll_fn;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use log::Level;
 
 use super::counters::COUNTERS;
+use super::log_shares::{Topic, admit};
 use super::options::Hop;
 use super::shares::ClientKey;
 use super::worker;
@@ -26,6 +28,8 @@ use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, Rep};
 pub const LOGFMT_TARGET: &str = "s5::session";
 /// Start of the error of a failed login. fail2ban filters match it.
 pub(super) const LOGIN_REFUSED: &str = "login refused";
+/// Length of the longest name in bytes, if it needs no escapes.
+const MAX_NAME_LEN: usize = 255;
 
 /// Filled in during the session; writes the log line on drop. Kept small, because every tunnel has one.
 #[derive(Debug)]
@@ -53,8 +57,8 @@ pub(super) struct SessionLog {
     /// Generation of the policy that the session was last checked with.
     pub(super) policy_generation: Cell<u32>,
     pub(super) bytes: ByteCounts,
-    #[allow(clippy::box_collection, reason = "one pointer, because most sessions have no error")]
-    error: OnceCell<Box<String>>,
+    /// Boxed, because most sessions have no error.
+    error: OnceCell<Box<(Topic, String)>>,
 }
 
 /// A [`SocketAddr`] without flow information. In an `Option`, it takes up 18 bytes instead of 32.
@@ -148,7 +152,12 @@ impl SessionLog {
 
     /// Sets the reason for the end of the session. The first one is kept.
     pub(super) fn set_error(&self, error: impl ToString) {
-        let _ = self.error.set(Box::new(error.to_string()));
+        self.set_error_of(Topic::Session, error);
+    }
+
+    /// Like [`Self::set_error`], with the topic of the line.
+    pub(super) fn set_error_of(&self, topic: Topic, error: impl ToString) {
+        let _ = self.error.set(Box::new((topic, error.to_string())));
     }
 
     pub(super) fn client(&self) -> Option<SocketAddr> {
@@ -238,7 +247,14 @@ pub(super) fn with_addr(request: AccessRequest<'_>, addr: SocketAddr) -> AccessR
 /// The steps of a session, which only a verbose server logs. Each line has the facts that are known so far.
 impl SessionLog {
     fn log_step(&self, level: Level, step: &str, fields: fmt::Arguments<'_>) {
-        log::log!(target: LOGFMT_TARGET, level, "msg={step} {}{}{fields}", Facts(self), Reached(self));
+        if self.admit(Topic::Step) {
+            log::log!(target: LOGFMT_TARGET, level, "msg={step} {}{}{fields}", Facts(self), Reached(self));
+        }
+    }
+
+    /// Returns whether the share of the client has room for a line.
+    fn admit(&self, topic: Topic) -> bool {
+        admit(topic, (topic != Topic::Refused).then(|| self.client_key()))
     }
 
     /// Returns true if steps at level debug are logged.
@@ -263,7 +279,7 @@ impl SessionLog {
     pub(super) fn log_request(&self) {
         match (self.command, &self.dst) {
             (Some(Command::UdpAssociate), Some(dst)) => {
-                self.log_step(Level::Trace, "request", format_args!(" announced={:?}", dst.to_string()));
+                self.log_step(Level::Trace, "request", format_args!(" announced={}", quote_addr(dst)));
             }
             _ => self.log_step(Level::Trace, "request", format_args!("")),
         }
@@ -271,7 +287,7 @@ impl SessionLog {
 
     /// `name` is that of a datagram; otherwise it is DST.
     pub(super) fn log_lookup(&self, name: Option<&HostName>, found: &Result<Vec<SocketAddr>, DialError>) {
-        let to = Field(" to=", name.map(|name| format!("{:?}", name.as_str())));
+        let to = Field(" to=", name.map(|name| format!("\"{}\"", escape_name(name.as_str()))));
         match found {
             Ok(addrs) => self.log_step(Level::Debug, "lookup", format_args!("{to} addrs=\"{}\"", List(addrs))),
             Err(error) => self.log_step(Level::Debug, "lookup", format_args!("{to} error=\"{error}\"")),
@@ -294,37 +310,41 @@ impl SessionLog {
     /// Counts a target that an association sends to for the first time: `addr` of `dst`, or `dst` itself through a hop.
     pub(super) fn log_target(&self, dst: &dyn fmt::Display, addr: Option<SocketAddr>, via: Option<&Hop>) {
         self.targets.set(self.targets.get().saturating_add(1));
+        if !self.admit(Topic::Step) {
+            return;
+        }
         let (facts, addr, via) =
             (Facts(self), Field(" addr=", addr), Field(" via=", via.map(|hop| format!("{:?}", hop.name))));
-        log::debug!(target: LOGFMT_TARGET, "msg=datagram {facts} to={:?}{addr}{via}", dst.to_string());
+        log::debug!(target: LOGFMT_TARGET, "msg=datagram {facts} to={}{addr}{via}", quote_addr(dst));
     }
 
     /// Logs dropped datagrams: their number, and the reason and destination of the last one.
     pub(super) fn log_drop(&self, count: u32, dst: Option<&Addr>, reason: &dyn fmt::Display) {
-        let dst = Field(" to=", dst.map(|dst| format!("{:?}", dst.to_string())));
-        let (facts, reason) = (Facts(self), reason.to_string());
-        log::debug!(target: LOGFMT_TARGET, "msg=drop {facts}{dst} dropped={count} error={reason:?}");
+        let (dst, reason) = (Field(" to=", dst.map(quote_addr)), reason.to_string());
+        self.log_step(Level::Debug, "drop", format_args!("{dst} dropped={count} error={reason:?}"));
     }
 
     pub(super) fn log_reply(&self, rep: Rep, bnd: &Addr) {
-        self.log_step(Level::Trace, "reply", format_args!(" rep={} bnd={:?}", rep.0, bnd.to_string()));
+        self.log_step(Level::Trace, "reply", format_args!(" rep={} bnd={}", rep.0, quote_addr(bnd)));
     }
 }
 
 impl Drop for SessionLog {
     fn drop(&mut self) {
         if worker::is_ending() {
-            self.set_error("cut at shutdown");
+            self.set_error_of(self.method.map_or(Topic::Step, |_| Topic::Session), "cut at shutdown");
         }
         COUNTERS.count_end(self.rep, &self.bytes);
-        let level = match self.error.get() {
-            Some(error) if error.starts_with(LOGIN_REFUSED) => {
+        let topic = match self.error.get().map(|error| &**error) {
+            Some((_, error)) if error.starts_with(LOGIN_REFUSED) => {
                 COUNTERS.count_failed_login();
-                Level::Warn
+                Topic::Login
             }
-            _ => Level::Info,
+            error => error.map_or(Topic::Session, |(topic, _)| *topic),
         };
-        log::log!(target: LOGFMT_TARGET, level, "msg=session {self}");
+        if self.admit(topic) {
+            log::log!(target: LOGFMT_TARGET, topic.level(), "msg=session {self}");
+        }
     }
 }
 
@@ -339,12 +359,12 @@ impl fmt::Display for Facts<'_> {
             Some(client) => write!(f, " from={client}")?,
             None => write!(f, " from=unix")?,
         }
-        Field(" user=", log.user.as_ref().map(|user| format!("\"{}\"", user.escape_ascii()))).fmt(f)?;
+        Field(" user=", log.user.as_ref().map(|user| format!("\"{}\"", escape_user(user)))).fmt(f)?;
         Field(" method=", log.method).fmt(f)?;
         Field(" protection=", log.method.filter(|method| *method == Method::GSSAPI).map(|_| log.level)).fmt(f)?;
         Field(" command=", log.command).fmt(f)?;
         let dst = log.dst.as_ref().filter(|_| log.command != Some(Command::UdpAssociate));
-        Field(" to=", dst.map(|dst| format!("{:?}", dst.to_string()))).fmt(f)
+        Field(" to=", dst.map(quote_addr)).fmt(f)
     }
 }
 
@@ -369,7 +389,7 @@ impl fmt::Display for SessionLog {
         let [up, down] = [&self.bytes.up, &self.bytes.down].map(|bytes| bytes.load(Ordering::Relaxed));
         let elapsed = Duration::from_millis(uptime_ms().saturating_sub(self.started));
         write!(f, " up={up} down={down} seconds={}.{:03}", elapsed.as_secs(), elapsed.subsec_millis())?;
-        Field(" error=", self.error.get().map(|error| format!("{error:?}"))).fmt(f)
+        Field(" error=", self.error.get().map(|error| format!("{:?}", error.1))).fmt(f)
     }
 }
 
@@ -380,6 +400,39 @@ impl<T: fmt::Display> fmt::Display for Field<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.1.as_ref().map_or(Ok(()), |value| write!(f, "{}{value}", self.0))
     }
+}
+
+/// Quotes `host:port`, where the port is a number.
+fn quote_addr(addr: impl fmt::Display) -> String {
+    let text = addr.to_string();
+    let (host, port) = text.rsplit_once(':').unwrap_or((&text, ""));
+    format!("\"{}:{port}\"", escape_name(host))
+}
+
+fn escape_name(name: &str) -> String {
+    let quoted = format!("{name:?}");
+    let escaped = quoted.get(1..quoted.len() - 1).unwrap_or_default();
+    cut(escaped, name.chars().map(char::escape_debug), name.len())
+}
+
+fn escape_user(user: &[u8]) -> String {
+    cut(&user.escape_ascii().to_string(), user.iter().map(|byte| escape_default(*byte)), user.len())
+}
+
+/// Cuts an escaped name that is too long, and adds its length in bytes. `characters` are those of the name, escaped.
+fn cut(escaped: &str, characters: impl Iterator<Item = impl fmt::Display>, length: usize) -> String {
+    if escaped.len() <= MAX_NAME_LEN {
+        return escaped.into();
+    }
+    let mut start = String::new();
+    for character in characters {
+        let character = character.to_string();
+        if start.len() + character.len() > MAX_NAME_LEN {
+            break;
+        }
+        start += &character;
+    }
+    format!("{start}...({length} bytes)")
 }
 
 /// Values separated by commas.

@@ -6,6 +6,7 @@ mod attempts;
 mod fail2ban;
 mod fair_shares;
 mod log_escaping;
+mod log_shares;
 mod login_memory;
 mod lookups;
 mod password_guessing;

@@ -178,6 +178,12 @@ pub fn session_lines(log: &str) -> Vec<&str> {
     steps(log, "session")
 }
 
+/// Number of sessions that have ended, also those whose lines are only counted.
+pub fn ended_sessions(log: &str) -> usize {
+    let omitted = log.lines().filter_map(|line| line.split_once(" msg=omitted topic=session ")?.1.split_once("lines="));
+    session_lines(log).len() + omitted.map(|(_, count)| count.parse::<usize>().expect("a number")).sum::<usize>()
+}
+
 /// The log lines with `msg=` and this step of a session, from `id=` on.
 pub fn steps<'a>(log: &'a str, step: &str) -> Vec<&'a str> {
     let start = format!(" msg={step} id=");

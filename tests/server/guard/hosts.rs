@@ -92,7 +92,7 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
     enter_namespace!("", "");
     let host = Host::new();
     // A second server on loopback of the server's host logs every client that reaches it.
-    let inner = host.s5("127.0.0.1:7000", 2, &["--listen", "[::1]:7000"]);
+    let inner = host.s5("127.0.0.1:7000", 2, &["-v", "--listen", "[::1]:7000"]);
     let targets = [TARGET, "fd09:1::2"].map(|at| TcpListener::bind((ip(at), 0)).expect("free port"));
     let metadata = TcpListener::bind((METADATA, 80)).expect("free port");
     let protected = "127.0.0.1:7000 127.9.9.9:7000 0.0.0.0:7000 0.1.2.3:7000 [::1]:7000 [::]:7000 [::ffff:127.0.0.1]:7000 \

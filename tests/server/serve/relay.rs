@@ -266,5 +266,5 @@ fn tunnel_leaves_no_descriptors_open_at_each_kind_of_end() {
         }
     }
     wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
-    server.wait_log(|log| log.matches("command=connect").count() == 60);
+    server.wait_log(|log| ended_sessions(log) == 60);
 }

@@ -1,0 +1,111 @@
+//! Limits the lines of the log a second, those of one client and those about other matters, so that nobody can fill the disk
+//! or hide a line among others. The lines that are left out are counted, and at the end of the second a line has their number.
+
+use std::collections::HashMap;
+use std::mem::take;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::Level;
+
+use super::session_log::LOGFMT_TARGET;
+use super::shares::ClientKey;
+use super::worker;
+use crate::net::sleep;
+
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Clients that have a share of their own in an interval. Further ones have a share together.
+const MAX_CLIENTS: usize = 4096;
+
+/// What a line is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Topic {
+    /// A session that has ended.
+    Session,
+    /// A failed login, for fail2ban. A share of its own, so that no client can hide its guesses among other sessions.
+    Login,
+    /// A step of a session, or a connection of a client that wanted nothing.
+    Step,
+    /// Connections that a rule has refused at accept.
+    Refused,
+    /// A limit of the server, or an error that accept(2) may repeat.
+    Warning,
+}
+
+impl Topic {
+    pub(super) fn level(self) -> Level {
+        match self {
+            Self::Session | Self::Refused => Level::Info,
+            Self::Login | Self::Warning => Level::Warn,
+            Self::Step => Level::Debug,
+        }
+    }
+
+    /// Returns the lines in [`INTERVAL`], of each client or of all.
+    fn limit(self) -> u32 {
+        match self {
+            Self::Session | Self::Login => 20,
+            Self::Step => 200,
+            Self::Refused | Self::Warning => 1,
+        }
+    }
+}
+
+type Key = (Topic, Option<ClientKey>);
+
+/// The lines of the current interval.
+struct Shares {
+    since: Instant,
+    /// The numbers of lines that were logged, and of those that were left out.
+    lines: HashMap<Key, (u32, u32)>,
+    /// Set when a line was left out, and a task reports it at the end of the interval.
+    has_task: bool,
+}
+
+fn shares() -> MutexGuard<'static, Shares> {
+    static SHARES: LazyLock<Mutex<Shares>> =
+        LazyLock::new(|| Mutex::new(Shares { since: Instant::now(), lines: HashMap::new(), has_task: false }));
+    SHARES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns whether a line may be logged, and counts it. `client` is `None` for a topic that all clients share.
+pub(super) fn admit(topic: Topic, client: Option<ClientKey>) -> bool {
+    if !log::log_enabled!(target: LOGFMT_TARGET, topic.level()) {
+        return false;
+    }
+    let mut shares = shares();
+    let now = Instant::now();
+    if !shares.has_task && now >= shares.since + INTERVAL {
+        shares.lines.clear();
+        shares.since = now;
+    }
+    let has_room = shares.lines.len() < MAX_CLIENTS || shares.lines.contains_key(&(topic, client));
+    let (logged, left_out) = shares.lines.entry((topic, client.filter(|_| has_room))).or_default();
+    if *logged < topic.limit() {
+        *logged += 1;
+        return true;
+    }
+    *left_out += 1;
+    // When the workers end, `report` follows.
+    if !shares.has_task && !worker::is_ending() {
+        shares.has_task = true;
+        worker::spawn(async {
+            sleep(INTERVAL).await;
+            report();
+        });
+    }
+    false
+}
+
+/// Logs the numbers of lines that were left out, and begins the next interval.
+pub(super) fn report() {
+    let mut shares = shares();
+    let lines = take(&mut shares.lines);
+    (shares.since, shares.has_task) = (Instant::now(), false);
+    drop(shares);
+    for ((topic, client), (_, left_out)) in lines.into_iter().filter(|(_, (_, left_out))| *left_out > 0) {
+        let from = client.map_or(String::new(), |client| format!(" from={client}"));
+        let name = format!("{topic:?}").to_lowercase();
+        log::log!(target: LOGFMT_TARGET, topic.level(), "msg=omitted topic={name}{from} lines={left_out}");
+    }
+}
