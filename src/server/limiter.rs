@@ -2,8 +2,8 @@
 
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use super::handshakes::Handshakes;
 use super::log_shares::{Topic, admit};
