@@ -105,6 +105,8 @@ fn lookups_of_one_client_do_not_delay_other_clients() {
         assert_served_at_once(what, &server, [127, 0, 0, 2].into(), &["good.example", "127.0.0.1"]);
         // Addresses need no lookup, however they are written.
         assert_served_at_once(what, &server, V4, &["127.0.0.1", "127.1"]);
+        // DST of UDP ASSOCIATE is not looked up either.
+        assert_eq!(read_reply(&mut request_from(&server, V4, UDP_ASSOCIATE, "silent.dst", 9)).0, 0, "{what}");
         if what != "clients that leave" {
             server.wait_log(|log| log.contains("client 127.0.0.1: too many lookups at once: more wait"));
         }
