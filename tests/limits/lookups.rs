@@ -6,7 +6,7 @@ use crate::*;
 const RESOLV: &str = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
 
 /// Names of the threads of the server, and how often all of them have waited so far.
-fn threads(server: &Server) -> (Vec<String>, u64) {
+pub fn threads(server: &Server) -> (Vec<String>, u64) {
     let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
     // A thread may have ended.
     let status = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());

@@ -218,16 +218,7 @@ fn udp_association_drops_datagrams_above_its_rate_limit() {
 
 /// Returns the number of voluntary context switches of the server's threads.
 fn voluntary_switches(server: &Server) -> u64 {
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
-    let switches = |task: std::path::PathBuf| {
-        let status = std::fs::read_to_string(task.join("status")).expect("the thread runs");
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
-            .expect("voluntary_ctxt_switches");
-        line.trim().parse::<u64>().expect("valid number")
-    };
-    tasks.map(|task| switches(task.expect("directory entry").path())).sum()
+    crate::lookups::threads(server).1
 }
 
 #[test]
@@ -255,8 +246,7 @@ fn rate_limited_tunnel_wakes_once_per_reservation() {
 fn rate_limited_tunnel_loses_no_data_and_relays_half_close() {
     const TOTAL: usize = 1_500_000;
     let server = Server::start(&["--rate", "4M"]);
-    let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
-    assert_eq!(rep, 0);
+    let mut stream = connect_to(&server, echo_server());
     let mut sending = stream.try_clone().expect("cloned");
     let started = Instant::now();
     let sender = thread::spawn(move || {
@@ -277,8 +267,7 @@ fn unused_rate_accumulates_for_a_quarter_of_a_second() {
     try_three_times(|| {
         let server = Server::start(&["--rate", "1M"]);
         let counter = Counter::default();
-        let (stream, rep, _) = open(&server, CONNECT, target(UP, &counter));
-        assert_eq!(rep, 0);
+        let stream = connect_to(&server, target(UP, &counter));
         thread::sleep(Duration::from_millis(800));
         let (start, _tunnel) = (Instant::now(), BusyClient::new(stream, UP, &Counter::default()));
         thread::sleep(Duration::from_millis(500));

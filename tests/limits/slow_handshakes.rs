@@ -25,10 +25,7 @@ fn stages() -> [(&'static str, Vec<u8>, Vec<u8>); 5] {
 
 /// Returns the private memory that the server has written to, in bytes.
 fn dirty_bytes(server: &Server) -> usize {
-    let path = format!("/proc/{}/smaps_rollup", server.pid());
-    let text = std::fs::read_to_string(path).expect("the server runs");
-    let line = text.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).expect("Private_Dirty");
-    line.trim().trim_end_matches(" kB").parse::<usize>().expect("valid number") * 1024
+    proc_kib(server, "smaps_rollup", "Private_Dirty") * 1024
 }
 
 /// The clients that stopped at one stage, and their server.

@@ -15,6 +15,14 @@ pub const UDP_ASSOCIATE: u8 = 3;
 pub const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 pub const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().expect("valid address")
+}
+
+pub fn addr(text: &str) -> SocketAddr {
+    text.parse().expect("valid address")
+}
+
 /// Starts `s5 serve --listen` and waits until it listens on `count` addresses.
 pub fn serve(listen: &str, count: usize, args: &[&str]) -> Server {
     Server::start_with(s5().args(["serve", "--listen", listen]).args(args), count)
@@ -78,10 +86,20 @@ pub fn connect_from(source: SocketAddr, to: SocketAddr) -> TcpStream {
 
 /// Opens a tunnel to a new target. Returns the client's and the target's connection.
 pub fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
-    let (target, dst) = listener(V4);
-    let (client, rep, _) = open(server, CONNECT, dst);
-    assert_eq!(rep, 0);
-    (client, accept(&target).0)
+    tunnel_at(server, V4)
+}
+
+/// Opens a tunnel to a target with this IP address. Returns its two ends.
+pub fn tunnel_at(server: &Server, ip: IpAddr) -> (TcpStream, TcpStream) {
+    let (target, dst) = listener(ip);
+    (connect_to(server, dst), accept(&target).0)
+}
+
+/// Opens a tunnel. Returns the client's end.
+pub fn connect_to(server: &Server, dst: SocketAddr) -> TcpStream {
+    let (stream, rep, _) = open(server, CONNECT, dst);
+    assert_eq!(rep, 0, "CONNECT to {dst}");
+    stream
 }
 
 /// A listener that never accepts: its accept queue is full, so Linux drops each SYN.

@@ -3,8 +3,8 @@
 use std::thread::{self, JoinHandle};
 
 use super::tools::{
-    ALICE, BOB, Login, Setup, addr, assert_accepts_peer, assert_no_datagram, associate, bind, ip, is_closed, log_in,
-    only_bob, open_ok, send_request, try_log_in, tunnel, udp_target,
+    ALICE, BOB, Login, Setup, assert_accepts_peer, assert_no_datagram, associate, bind, is_closed, log_in, only_bob,
+    open_ok, send_request, try_log_in, tunnel, udp_target,
 };
 use crate::udp::association::{Association, datagram};
 use crate::*;

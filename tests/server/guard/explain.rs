@@ -1,6 +1,6 @@
 //! --explain with lines of the log, of the server and of its earlier versions.
 
-use super::tools::{addr, alice_and_bob};
+use super::tools::alice_and_bob;
 use crate::*;
 
 /// Log lines, each with the request that `--explain` prints for it.

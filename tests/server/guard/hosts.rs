@@ -7,7 +7,7 @@
 //! | clients | 10.9.0.2, 10.9.0.3; fd09::2, fd09::3 |
 //! | targets | 10.9.1.2, 10.9.1.3; fd09:1::2; 169.254.169.254, and 224.0.0.251 (multicast group) |
 
-use super::tools::{addr, assert_no_connection, assert_no_datagram, associate, ip, log_in, send_request, udp_target};
+use super::tools::{assert_no_connection, assert_no_datagram, associate, log_in, send_request, udp_target};
 use crate::udp::association::{Association, datagram, receive, socket};
 use crate::*;
 

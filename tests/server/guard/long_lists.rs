@@ -6,7 +6,7 @@ use crate::*;
 const NAMES: usize = 200_000;
 /// An unoptimised build needs about 20 times as long as a release build.
 const LOAD_LIMIT: Duration = Duration::from_secs(if cfg!(debug_assertions) { 60 } else { 1 });
-const MAX_KIB: u64 = 40 << 10;
+const MAX_KIB: usize = 40 << 10;
 
 /// Returns names of 12 to 31 bytes.
 fn name(i: usize) -> String {
@@ -19,13 +19,6 @@ fn rules(count: usize) -> String {
         writeln!(text, "deny to={}", name(i)).expect("formatted");
         text
     })
-}
-
-/// Returns memory of the server in KiB: a field of proc_pid_status(5).
-fn memory(server: &Server, field: &str) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("the server runs");
-    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).expect("a field");
-    line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
 /// Returns the shortest time of a job.
@@ -62,12 +55,12 @@ fn two_hundred_thousand_names_cost_little() {
         let [allowed, denied] = sessions();
         [("allowed", allowed), ("denied", denied), ("datagram", datagrams())]
     };
-    let (few, memory_before) = (measure(), memory(&server, "VmRSS"));
+    let (few, memory_before) = (measure(), proc_kib(&server, "status", "VmRSS"));
     std::fs::write(&file, rules(NAMES)).expect("file written");
     server.signal("HUP");
     wait_until("the server has loaded the list", LOAD_LIMIT, || server.log().contains(", rules: 200000,"));
     for field in ["VmRSS", "VmHWM"] {
-        let used = memory(&server, field) - memory_before;
+        let used = proc_kib(&server, "status", field) - memory_before;
         assert!(used <= MAX_KIB, "{field}: {NAMES} names take {used} KiB");
     }
     let is_as_fast = |_| few.iter().zip(measure()).all(|((_, few), (_, many))| many < 3 * *few);

@@ -1,8 +1,8 @@
 //! Rules and name resolution, in a network namespace with a scripted resolver.
 
 use super::tools::{
-    addr, assert_accepts_peer, assert_no_connection, assert_no_datagram, associate_anonymously, bind, is_closed,
-    open_as, rep, udp_target,
+    assert_accepts_peer, assert_no_connection, assert_no_datagram, associate_anonymously, bind, is_closed, open_as,
+    rep, udp_target,
 };
 use crate::support::dns::Answer;
 use crate::udp::association::{datagram_name, receive};

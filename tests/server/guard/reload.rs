@@ -5,8 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 use rustix::process::geteuid;
 
 use super::tools::{
-    ALICE, BOB, Login, Setup, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, only_alice,
-    only_bob, open_ok, send_request, try_log_in, udp_target,
+    ALICE, BOB, Login, Setup, alice_and_bob, assert_no_datagram, associate, is_closed, log_in, only_alice, only_bob,
+    open_ok, send_request, try_log_in, udp_target,
 };
 use crate::udp::association::receive;
 use crate::*;

@@ -2,8 +2,8 @@
 //! way. tests/policy tests the rules themselves.
 
 use super::tools::{
-    ALICE, BOB, addr, alice_and_bob, assert_accepts_peer, assert_no_datagram, associate, associate_anonymously, bind,
-    ip, is_closed, log_in, open_ok, rep, send_request, udp_target,
+    ALICE, BOB, alice_and_bob, assert_accepts_peer, assert_no_datagram, associate, associate_anonymously, bind,
+    is_closed, log_in, open_ok, rep, send_request, udp_target,
 };
 use crate::udp::association::{datagram, datagram_name, receive};
 use crate::*;

@@ -9,14 +9,6 @@ pub type Login<'a> = Option<(&'a str, &'a str)>;
 pub const ALICE: Login<'_> = Some(("alice", "secret"));
 pub const BOB: Login<'_> = Some(("bob@corp", "secret"));
 
-pub fn ip(text: &str) -> IpAddr {
-    text.parse().expect("valid address")
-}
-
-pub fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("valid address")
-}
-
 /// Returns a users file with alice and bob.
 pub fn alice_and_bob() -> &'static str {
     static USERS: OnceLock<String> = OnceLock::new();

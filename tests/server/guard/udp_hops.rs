@@ -1,9 +1,7 @@
 //! Upstream proxies of UDP associations: opened when needed, failing, closed, changed by a reload; and clients that leave
 //! while a proxy is silent.
 
-use super::tools::{
-    Setup, addr, assert_no_datagram, associate, associate_anonymously, log_in, request_for, udp_target,
-};
+use super::tools::{Setup, assert_no_datagram, associate, associate_anonymously, log_in, request_for, udp_target};
 use crate::udp::association::{Association, datagram_name, receive};
 use crate::*;
 

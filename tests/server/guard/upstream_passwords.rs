@@ -1,6 +1,6 @@
 //! Users and passwords for `--via` and `--hop`: from the URL, --proxy-auth-file and the environment.
 
-use super::tools::{alice_and_bob, associate_anonymously, ip, open_ok, rep};
+use super::tools::{alice_and_bob, associate_anonymously, open_ok, rep};
 use crate::*;
 
 type Variables<'a> = &'a [(&'a str, &'a str)];

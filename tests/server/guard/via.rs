@@ -1,8 +1,8 @@
 //! `--via`, `--hop` and `via=`: sessions go through the upstream proxies, and never bypass them.
 
 use super::tools::{
-    addr, alice_and_bob, assert_accepts_peer, assert_no_connection, assert_no_datagram, associate_anonymously, bind,
-    ip, is_closed, open_as, open_ok, rep, udp_target,
+    alice_and_bob, assert_accepts_peer, assert_no_connection, assert_no_datagram, associate_anonymously, bind,
+    is_closed, open_as, open_ok, rep, udp_target,
 };
 use crate::support::dns::Answer;
 use crate::udp::association::datagram_name;

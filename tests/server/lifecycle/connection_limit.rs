@@ -56,8 +56,7 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     // Their requests follow when no descriptor is free.
     let [mut late, mut late_name] = [(); 2].map(|()| greet(&server));
     let dst = echo_server();
-    let (mut tunnel, rep, _) = open(&server, CONNECT, dst);
-    assert_eq!(rep, 0);
+    let mut tunnel = connect_to(&server, dst);
     let silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
     server.wait_log(|log| log.contains("too many open files"));
     late.write_all(&request(CONNECT, dst)).expect("request sent");

@@ -148,8 +148,7 @@ fn killed_server_can_rebind_its_port_at_once() {
     enter_namespace!("", "");
     let server = Server::start(&[]);
     let addr = server.addr();
-    let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
-    assert_eq!(rep, 0);
+    let mut stream = connect_to(&server, echo_server());
     ping(&mut stream, b"hello");
     drop(server);
     let restarted = serve(&addr.to_string(), 1, &[]);
@@ -161,13 +160,7 @@ fn one_and_four_threads_serve_all_tunnels() {
     for threads in ["1", "4"] {
         let server = Server::start(&["--threads", threads]);
         let dst = echo_server();
-        let mut streams: Vec<TcpStream> = (0..50)
-            .map(|_| {
-                let (stream, rep, _) = open(&server, CONNECT, dst);
-                assert_eq!(rep, 0);
-                stream
-            })
-            .collect();
+        let mut streams: Vec<TcpStream> = (0..50).map(|_| connect_to(&server, dst)).collect();
         for _ in 0..3 {
             streams.iter_mut().for_each(|stream| ping(stream, b"hello"));
         }

@@ -7,8 +7,7 @@ use crate::*;
 fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {
     for signal in ["TERM", "INT"] {
         let mut server = Server::start(&["--drain-timeout", "60"]);
-        let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
-        assert_eq!(rep, 0);
+        let mut stream = connect_to(&server, echo_server());
         server.signal(signal);
         server.wait_log(|log| log.contains("shutting down: draining sessions"));
         let addr = server.addr();
@@ -90,8 +89,7 @@ fn log_has_the_drain_time_with_its_unit() {
 fn second_signal_ends_the_drain() {
     for signals in [["TERM", "TERM"], ["INT", "TERM"]] {
         let mut server = Server::start(&["--drain-timeout", "60"]);
-        let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
-        assert_eq!(rep, 0);
+        let mut stream = connect_to(&server, echo_server());
         server.signal(signals[0]);
         server.wait_log(|log| log.contains("shutting down: draining sessions"));
         assert_no_data(&stream, Duration::from_millis(50));

@@ -8,10 +8,6 @@ const OTHER_PEER: &str = "127.0.0.2:0";
 /// Time for the server to close the listener after the client has disconnected.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
-fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("valid address")
-}
-
 /// Sends BIND for `dst`. Returns the client's connection and BND.
 fn bind(server: &Server, dst: &str) -> (TcpStream, SocketAddr) {
     let (stream, rep, bnd) = open(server, BIND, addr(dst));

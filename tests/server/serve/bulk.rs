@@ -6,13 +6,6 @@ use crate::*;
 /// Bytes of a bulk transfer: more than all buffers and pipes of a tunnel hold.
 const BULK: usize = 48 << 20;
 
-fn open_tunnel(server: &Server) -> (TcpStream, TcpStream) {
-    let (target, dst) = listener(V4);
-    let (client, rep, _) = open(server, CONNECT, dst);
-    assert_eq!(rep, 0);
-    (client, accept(&target).0)
-}
-
 /// Returns the number of pipe ends that the server has open. Some are inherited, such as stderr.
 fn open_pipes(server: &Server) -> usize {
     let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("the server runs");
@@ -28,7 +21,7 @@ fn start_stalled_transfer(
     is_upload: bool,
 ) -> (thread::JoinHandle<TcpStream>, TcpStream, Vec<u8>) {
     wait_until("no other tunnel has a pipe", TIMEOUT, || open_pipes(server) == inherited);
-    let (client, target) = open_tunnel(server);
+    let (client, target) = tunnel(server);
     let (mut writer, mut reader) = if is_upload { (client, target) } else { (target, client) };
     let sending = thread::spawn(move || {
         send_pattern(&mut writer, BULK, |_| {});
@@ -51,7 +44,7 @@ fn bulk_tunnel_uses_a_pipe_and_releases_it_when_idle() {
     for threads in ["1", "2"] {
         let server = Server::start(&["--threads", threads]);
         let before = open_pipes(&server);
-        let (client, target) = open_tunnel(&server);
+        let (client, target) = tunnel(&server);
         for (mut from, mut to) in [(&client, &target), (&target, &client)] {
             let mut max_pipes = 0;
             let mut bytes = vec![0; 1 << 20];
@@ -96,7 +89,7 @@ fn bulk_tunnel_forwards_a_reset_with_data_in_its_pipe() {
     let (before, inherited) = (idle_descriptors(&server), open_pipes(&server));
     for is_upload in [true, false] {
         // The receiver stops reading and resets. The sender must receive the reset.
-        let (client, target) = open_tunnel(&server);
+        let (client, target) = tunnel(&server);
         let (mut writer, reader) = if is_upload { (client, target) } else { (target, client) };
         let sending = thread::spawn(move || {
             let bytes = vec![0; 1 << 16];
@@ -145,7 +138,7 @@ fn bulk_is_copied_if_splice_fails() {
     ];
     for fault in faults {
         let Some(server) = start_with_fault(fault) else { return };
-        let (client, target) = open_tunnel(&server);
+        let (client, target) = tunnel(&server);
         let directions = [(client.try_clone(), target.try_clone()), (target.try_clone(), client.try_clone())];
         let transfers = directions.map(|(from, to)| {
             let (mut from, mut to) = (from.expect("cloned"), to.expect("cloned"));
@@ -173,7 +166,7 @@ fn bulk_pipes_leave_descriptors_for_new_sessions() {
     let mut command = Command::new("prlimit");
     command.arg("--nofile=96").arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);
     let server = Server::start_with(&mut command, 1);
-    let tunnels: Vec<_> = (0..20).map(|_| open_tunnel(&server)).collect();
+    let tunnels: Vec<_> = (0..20).map(|_| tunnel(&server)).collect();
     let transfers: Vec<_> = tunnels
         .into_iter()
         .map(|(mut client, mut target)| {
@@ -191,8 +184,7 @@ fn bulk_pipes_leave_descriptors_for_new_sessions() {
             )
         })
         .collect();
-    let (mut late, rep, _) = open(&server, CONNECT, echo_server());
-    assert_eq!(rep, 0);
+    let mut late = connect_to(&server, echo_server());
     ping(&mut late, b"accepted");
     let ends: Vec<_> = transfers
         .into_iter()
@@ -206,7 +198,7 @@ fn bulk_pipes_leave_descriptors_for_new_sessions() {
 #[test]
 fn bulk_tunnel_relays_urgent_bytes_as_normal_data() {
     let server = Server::start(&[]);
-    let (client, mut target) = open_tunnel(&server);
+    let (client, mut target) = tunnel(&server);
     let sending = thread::spawn(move || {
         let piece = vec![b'.'; 1 << 20];
         for _ in 0..16 {
@@ -246,7 +238,7 @@ fn sockets_by_thread(server: &Server) -> Vec<usize> {
 #[test]
 fn bulk_tunnels_are_distributed_over_the_threads() {
     let server = Server::start(&["--threads", "2"]);
-    let ends: Vec<_> = (0..4).map(|_| open_tunnel(&server)).collect();
+    let ends: Vec<_> = (0..4).map(|_| tunnel(&server)).collect();
     // Both directions at once, and each byte is compared.
     let transfer = |from: &TcpStream, to: &TcpStream| {
         let (mut from, mut to) = (from.try_clone().expect("cloned"), to.try_clone().expect("cloned"));
@@ -276,13 +268,7 @@ fn bulk_tunnels_are_distributed_over_the_threads() {
 fn tunnels_are_distributed_over_the_threads() {
     let server = Server::start(&["--threads", "2"]);
     let echo = echo_server();
-    let mut streams: Vec<_> = (0..200)
-        .map(|_| {
-            let (stream, rep, _) = open(&server, CONNECT, echo);
-            assert_eq!(rep, 0);
-            stream
-        })
-        .collect();
+    let mut streams: Vec<_> = (0..200).map(|_| connect_to(&server, echo)).collect();
     let counts = sockets_by_thread(&server);
     assert_eq!(counts.iter().sum::<usize>(), 400);
     assert!(counts[1] <= 2 * counts[0] + 66, "{counts:?}");
@@ -292,9 +278,8 @@ fn tunnels_are_distributed_over_the_threads() {
 #[test]
 fn bulk_tunnel_does_not_delay_other_sessions_of_its_thread() {
     let server = Server::start(&["--threads", "1"]);
-    let (mut other, rep, _) = open(&server, CONNECT, echo_server());
-    assert_eq!(rep, 0);
-    let (client, target) = open_tunnel(&server);
+    let mut other = connect_to(&server, echo_server());
+    let (client, target) = tunnel(&server);
     for (from, to) in [(&client, &target), (&target, &client)] {
         let (mut from, mut to) = (from.try_clone().expect("cloned"), to.try_clone().expect("cloned"));
         thread::spawn(move || while from.write_all(&[0; 1 << 16]).is_ok() {});
@@ -305,8 +290,7 @@ fn bulk_tunnel_does_not_delay_other_sessions_of_its_thread() {
         .map(|_| {
             timed(|| {
                 ping(&mut other, b"x");
-                let (mut new, rep, _) = open(&server, CONNECT, echo);
-                assert_eq!(rep, 0);
+                let mut new = connect_to(&server, echo);
                 ping(&mut new, b"y");
             })
             .0

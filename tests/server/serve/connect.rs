@@ -91,8 +91,7 @@ fn connect_two_thousand_tunnels_are_isolated() {
     let accepted = thread::spawn(move || (0..TUNNELS).map(|_| accept(&accepting).0).collect::<Vec<_>>());
     let mut clients: Vec<TcpStream> = Vec::new();
     for number in 0..TUNNELS {
-        let (mut stream, rep, _) = open(&server, CONNECT, dst);
-        assert_eq!(rep, 0);
+        let mut stream = connect_to(&server, dst);
         stream.write_all(&number.to_be_bytes()).expect("data sent");
         clients.push(stream);
     }

@@ -2,7 +2,7 @@
 //! peers (10.9.1.0/24, fd09:1::/64).
 
 use crate::guard::hosts::{Host, server_addr, server_addr_v6};
-use crate::guard::tools::{addr, assert_accepts_peer, associate, ip, log_in, send_request};
+use crate::guard::tools::{assert_accepts_peer, associate, log_in, send_request};
 use crate::*;
 
 const CLIENT: &str = "10.9.0.2";

@@ -3,27 +3,20 @@
 use crate::*;
 
 /// Returns a server with one tunnel: the client's connection and the target's.
-fn tunnel(args: &[&str]) -> (Server, TcpStream, TcpStream) {
+fn serve_tunnel(args: &[&str]) -> (Server, TcpStream, TcpStream) {
     let server = Server::start(args);
-    let (client, target) = open_tunnel(&server, V4);
+    let (client, target) = tunnel(&server);
     (server, client, target)
-}
-
-fn open_tunnel(server: &Server, ip: std::net::IpAddr) -> (TcpStream, TcpStream) {
-    let (target, dst) = listener(ip);
-    let (client, rep, _) = open(server, CONNECT, dst);
-    assert_eq!(rep, 0);
-    (client, accept(&target).0)
 }
 
 #[test]
 fn tunnel_forwards_resets_in_both_directions() {
     let server = Server::start(&[]);
     let before = idle_descriptors(&server);
-    let (client, mut target) = open_tunnel(&server, V4);
+    let (client, mut target) = tunnel(&server);
     reset(client);
     assert_eq!(stream_end(&mut target), StreamEnd::Reset);
-    let (mut client, target) = open_tunnel(&server, V6);
+    let (mut client, target) = tunnel_at(&server, V6);
     reset(target);
     assert_eq!(stream_end(&mut client), StreamEnd::Reset);
     wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
@@ -31,7 +24,7 @@ fn tunnel_forwards_resets_in_both_directions() {
 
 #[test]
 fn tunnel_forwards_a_reset_after_a_half_close() {
-    let (_server, client, mut target) = tunnel(&[]);
+    let (_server, client, mut target) = serve_tunnel(&[]);
     client.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut target), StreamEnd::Closed(vec![]));
     reset(client);
@@ -42,7 +35,7 @@ fn tunnel_forwards_a_reset_after_a_half_close() {
 #[test]
 fn tunnel_ends_at_a_reset_after_a_half_close_while_the_other_side_is_idle() {
     for client_resets in [true, false] {
-        let (server, client, target) = tunnel(&[]);
+        let (server, client, target) = serve_tunnel(&[]);
         let (first, mut other) = if client_resets { (client, target) } else { (target, client) };
         first.shutdown(Shutdown::Write).expect("half-closed");
         assert_eq!(stream_end(&mut other), StreamEnd::Closed(vec![]));
@@ -59,7 +52,7 @@ fn tunnel_ends_at_a_reset_after_a_half_close_while_the_other_side_is_idle() {
 #[test]
 fn tunnel_delivers_the_targets_data_while_the_client_keeps_sending() {
     const TOTAL: usize = 1 << 20;
-    let (_server, mut client, mut target) = tunnel(&[]);
+    let (_server, mut client, mut target) = serve_tunnel(&[]);
     let mut sender = client.try_clone().expect("cloned");
     thread::spawn(move || while sender.write_all(&[0; 1024]).is_ok() {});
     // The server closes with unread data, which sends a reset. Data that was acknowledged before must not be lost.
@@ -70,7 +63,7 @@ fn tunnel_delivers_the_targets_data_while_the_client_keeps_sending() {
 
 #[test]
 fn tunnel_ends_at_a_client_reset_while_the_target_reads_nothing() {
-    let (server, mut client, target) = tunnel(&[]);
+    let (server, mut client, target) = serve_tunnel(&[]);
     client.set_nonblocking(true).expect("option set");
     let mut last = Instant::now();
     wait_until("the client's socket buffer is full", TIMEOUT, || {
@@ -97,7 +90,7 @@ fn tunnel_delivers_all_data_to_a_slow_half_closed_client_after_the_target_closes
 
 fn check_slow_client(is_half_closed: bool) {
     const TOTAL: usize = 512 << 10;
-    let (_server, mut client, mut target) = tunnel(&[]);
+    let (_server, mut client, mut target) = serve_tunnel(&[]);
     // With a small buffer, the tunnel still holds data when the target closes.
     socket2::SockRef::from(&client).set_recv_buffer_size(65_536).expect("option set");
     // Like an HTTP server that answers 413: it sends a response, half-closes, and closes without reading the upload.
@@ -123,7 +116,7 @@ fn check_slow_client(is_half_closed: bool) {
 #[test]
 fn tunnel_delivers_all_data_to_a_slow_client_before_it_forwards_the_reset_of_a_target_that_has_ended() {
     const TOTAL: usize = 512 << 10;
-    let (server, mut client, mut target) = tunnel(&[]);
+    let (server, mut client, mut target) = serve_tunnel(&[]);
     socket2::SockRef::from(&client).set_recv_buffer_size(65_536).expect("option set");
     send_pattern(&mut target, TOTAL, |_| {});
     target.shutdown(Shutdown::Write).expect("half-closed");
@@ -138,7 +131,7 @@ fn tunnel_delivers_all_data_to_a_slow_client_before_it_forwards_the_reset_of_a_t
 
 #[test]
 fn tunnel_resets_an_upload_that_the_target_does_not_read() {
-    let (server, mut client, mut target) = tunnel(&[]);
+    let (server, mut client, mut target) = serve_tunnel(&[]);
     target.write_all(b"bye").expect("data sent");
     drop(target);
     client.set_write_timeout(Some(TIMEOUT)).expect("timeout set");
@@ -169,7 +162,7 @@ fn tunnel_to_a_stalled_reader_loses_no_data_and_uses_little_memory() {
     const TOTAL: usize = 128 << 20;
     let server = Server::start(&[]);
     for client_stalls in [true, false] {
-        let (client, target) = open_tunnel(&server, V4);
+        let (client, target) = tunnel(&server);
         let (mut reader, mut sender) = if client_stalls { (client, target) } else { (target, client) };
         let before = resident_kib(&server);
         let sent = Arc::new(AtomicUsize::new(0));
@@ -199,9 +192,8 @@ fn tunnel_to_a_stalled_reader_loses_no_data_and_uses_little_memory() {
 #[test]
 fn tunnel_is_reset_at_the_idle_timeout_only_without_traffic() {
     let server = Server::start(&["--idle-timeout", "1s"]);
-    let (mut client, mut target) = open_tunnel(&server, V4);
-    let (mut busy, rep, _) = open(&server, CONNECT, echo_server());
-    assert_eq!(rep, 0);
+    let (mut client, mut target) = tunnel(&server);
+    let mut busy = connect_to(&server, echo_server());
     let started = Instant::now();
     while started.elapsed() < Duration::from_millis(1800) {
         ping(&mut busy, b"x");
@@ -225,7 +217,7 @@ fn tunnel_sockets_have_nodelay_and_keepalive() {
     command.args(["-D", "-f", "-qq", "-e", "trace=setsockopt", "-o"]).arg(&trace);
     command.arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);
     let server = Server::start_with(&mut command, 1);
-    let (client, _target) = open_tunnel(&server, V4);
+    let (client, _target) = tunnel(&server);
     // A half-closed tunnel is checked after a second, and the target gets keepalive at the first check.
     client.shutdown(Shutdown::Write).expect("half-closed");
     let sockets_with = |option: &str| {
@@ -257,8 +249,7 @@ fn tunnel_leaves_no_descriptors_open_at_each_kind_of_end() {
         }
     });
     for round in 0..60 {
-        let (mut stream, rep, _) = open(&server, CONNECT, dst);
-        assert_eq!(rep, 0);
+        let mut stream = connect_to(&server, dst);
         stream.write_all(&[round % 4]).expect("data sent");
         match round % 4 {
             2 => reset(stream),

@@ -74,6 +74,13 @@ pub fn target() -> (UdpSocket, SocketAddr) {
     (socket, addr)
 }
 
+/// Starts a server with one association. Returns both, and a target with its address.
+pub fn relayed() -> (Server, Association, UdpSocket, SocketAddr) {
+    let server = Server::start(&[]);
+    let (association, (target, dst)) = (Association::new(&server), target());
+    (server, association, target, dst)
+}
+
 pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 65_536];
     let (n, from) = retry(|| socket.recv_from(&mut buffer)).expect("datagram received");

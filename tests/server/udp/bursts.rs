@@ -6,7 +6,9 @@ use std::io::IoSlice;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
-use super::association::{Association, assert_nothing_arrives, datagram, datagram_name, receive, socket, target};
+use super::association::{
+    Association, assert_nothing_arrives, datagram, datagram_name, receive, relayed, socket, target,
+};
 use crate::*;
 
 /// Returns a payload of bytes that depend on number and position.
@@ -80,9 +82,7 @@ fn udp_bursts_of_all_sizes_arrive_in_order_in_both_directions() {
 
 #[test]
 fn udp_burst_of_large_datagrams_arrives() {
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let association = Association::new(&server);
+    let (server, association, target, dst) = relayed();
     // One to three of these datagrams fill a GSO batch exactly, or exceed it.
     for length in [21_825, 21_836, 32_700, 32_753, 32_754, 65_497] {
         echo_burst(&server, &association, &target, dst, &[length; 5]);
@@ -121,9 +121,7 @@ fn udp_burst_to_alternating_targets_reaches_each_target() {
 
 #[test]
 fn udp_burst_keeps_the_order_of_names_and_fragments() {
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let association = Association::new(&server);
+    let (server, association, target, dst) = relayed();
     // Later datagrams to the name need no lookup.
     association.send_raw(&datagram_name(0, "127.0.0.1", dst.port(), b"resolve"));
     assert_eq!(receive(&target).0, b"resolve");
@@ -155,9 +153,7 @@ fn send_gso(socket: &UdpSocket, to: SocketAddr, bytes: &[u8], segment_len: u16) 
 
 #[test]
 fn udp_gro_aggregate_is_split_into_its_datagrams() {
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let association = Association::new(&server);
+    let (server, association, target, dst) = relayed();
     // The server enables GRO on a socket after it has received several datagrams with one call.
     for _ in 0..5 {
         echo_burst(&server, &association, &target, dst, &[64; 40]);
@@ -185,9 +181,7 @@ fn udp_gro_aggregate_is_split_into_its_datagrams() {
 
 #[test]
 fn udp_burst_is_filtered_per_datagram() {
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let association = Association::new(&server);
+    let (server, association, target, dst) = relayed();
     let other = socket(V4);
     let unknown_sender = socket("127.0.0.3".parse().expect("valid address"));
     while_stopped(&server, || {
@@ -223,9 +217,7 @@ fn udp_burst_is_filtered_per_datagram() {
 
 #[test]
 fn udp_session_log_counts_payload_bytes() {
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let association = Association::new(&server);
+    let (server, association, target, dst) = relayed();
     let lengths = [100, 100, 100, 40, 1200, 1200, 0];
     for _ in 0..10 {
         echo_burst(&server, &association, &target, dst, &lengths);
@@ -242,9 +234,7 @@ fn udp_bursts_of_datagrams_above_the_mtu_arrive() {
     enter_namespace!("", "");
     let mtu = Command::new("ip").args(["link", "set", "lo", "mtu", "1500"]).status().expect("ip runs");
     assert!(mtu.success());
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let association = Association::new(&server);
+    let (server, association, target, dst) = relayed();
     // A packet holds 1472 bytes, or 1462 bytes with the SOCKS header. Longer datagrams can't be sent with GSO, or are
     // fragmented.
     for _ in 0..2 {
@@ -258,9 +248,7 @@ fn udp_bursts_of_datagrams_above_the_mtu_arrive() {
 fn udp_bursts_arrive_after_icmp_errors() {
     // In a namespace, so that no other process can bind the port while it is closed.
     enter_namespace!("", "");
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let association = Association::new(&server);
+    let (server, association, target, dst) = relayed();
     let lengths = [200; 40];
     echo_burst(&server, &association, &target, dst, &lengths);
     let egress = {

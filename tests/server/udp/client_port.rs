@@ -8,10 +8,6 @@ use crate::*;
 /// More than the silence after which another port of the client may take over.
 const SILENCE: Duration = Duration::from_millis(2200);
 
-fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("valid address")
-}
-
 #[test]
 fn udp_port_of_dst_counts_if_dst_is_the_client() {
     for (listen, ips) in [("127.0.0.1:0", &["127.0.0.1", "::ffff:127.0.0.1"][..]), ("[::1]:0", &["::1"])] {

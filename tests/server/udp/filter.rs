@@ -1,12 +1,8 @@
 //! Senders that may answer, closed ports, and lookups: none of them ends the association or delays other datagrams.
 //! tests/wire has datagrams of other senders, malformed datagrams and forbidden targets.
 
-use super::association::{Association, datagram_name, receive, socket, target};
+use super::association::{Association, datagram_name, receive, relayed, socket};
 use crate::*;
-
-fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("valid address")
-}
 
 fn socket_at(ip: &str) -> UdpSocket {
     socket(ip.parse().expect("valid address"))
@@ -14,9 +10,7 @@ fn socket_at(ip: &str) -> UdpSocket {
 
 #[test]
 fn udp_answers_are_relayed_only_from_addresses_sent_to() {
-    let server = Server::start(&[]);
-    let association = Association::new(&server);
-    let (target, dst) = target();
+    let (_server, association, target, dst) = relayed();
     association.send(dst, b"hello");
     let (_, egress) = receive(&target);
     let other = socket_at("127.0.0.3");
@@ -54,9 +48,7 @@ fn udp_association_survives_closed_target_ports() {
 fn udp_association_survives_a_closed_client_port() {
     // In a namespace, so that no other process can bind the port while it is closed.
     enter_namespace!("", "");
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let mut association = Association::new(&server);
+    let (_server, mut association, target, dst) = relayed();
     association.send(dst, b"hello");
     let (_, egress) = receive(&target);
     let addr = association.socket.local_addr().expect("local address");

@@ -6,10 +6,6 @@ use crate::*;
 /// Time for the server to close the UDP port after the control connection has ended.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
-fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("valid address")
-}
-
 fn is_free(addr: SocketAddr) -> bool {
     UdpSocket::bind(addr).is_ok()
 }

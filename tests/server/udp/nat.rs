@@ -12,7 +12,7 @@ use std::thread::sleep;
 
 use super::association::{Association, receive, socket};
 use crate::guard::hosts::Host;
-use crate::guard::tools::{ip, log_in, send_request, udp_target};
+use crate::guard::tools::{log_in, send_request, udp_target};
 use crate::*;
 
 const CLIENT: &str = "10.8.0.2";

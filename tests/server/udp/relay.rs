@@ -1,7 +1,7 @@
 //! Relaying of datagrams in both directions: names, large answers, many targets and associations. tests/wire has all
 //! address types and sizes.
 
-use super::association::{Association, datagram_name, receive, socket, target};
+use super::association::{Association, datagram_name, receive, relayed, socket, target};
 use crate::*;
 
 #[test]
@@ -24,9 +24,7 @@ fn udp_name_is_resolved_once_per_association() {
 fn udp_datagrams_are_sent_after_their_lookup() {
     enter_namespace!("", dns::RESOLV);
     dns::start();
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let association = Association::new(&server);
+    let (_server, association, target, dst) = relayed();
     for number in 0..5 {
         association.send_raw(&datagram_name(0, "known.example", dst.port(), &[number]));
     }
@@ -37,9 +35,7 @@ fn udp_datagrams_are_sent_after_their_lookup() {
 
 #[test]
 fn udp_answer_too_large_with_its_header_is_fragmented() {
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    let association = Association::new(&server);
+    let (_server, association, target, dst) = relayed();
     association.send(dst, b"request");
     let (_, egress) = receive(&target);
     let largest: Vec<u8> = (0..65_507).map(|i| u8::try_from(i % 251).expect("at most 255")).collect();
