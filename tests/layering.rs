@@ -1,10 +1,12 @@
 //! Checks of the source code that neither the compiler nor clippy does: imports follow the table in src/lib.rs and have
-//! no cycle, pure modules use only pure parts of std and of other crates, files are short. The checks search the text,
-//! so code can evade them. Clippy finds panics (src/lib.rs), and clocks and sockets in pure modules (.clippy.toml).
+//! no cycle, pure modules use only pure parts of std and of other crates, files are short, src/README.md lists all
+//! dependencies. The checks search the text, so code can evade them. Clippy finds panics (src/lib.rs), and clocks and
+//! sockets in pure modules (.clippy.toml).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 /// Modules that only parse and decide.
 const PURE: [&str; 4] = ["proto", "reassembly", "name_addrs", "policy"];
@@ -158,6 +160,43 @@ fn lock_file_has_no_second_runtime_and_no_openssl() {
     for name in ["tokio", "async-std", "mio", "openssl"] {
         assert!(!lock.contains(&format!("name = \"{name}")), "Cargo.lock has a package {name}…");
     }
+}
+
+/// Returns a licence in one form: alternatives are separated by OR, and sorted.
+fn normalize_licence(text: &str) -> String {
+    let mut alternatives: Vec<&str> = text.split('/').flat_map(|text| text.split(" OR ")).map(str::trim).collect();
+    alternatives.sort_unstable();
+    alternatives.join(" OR ")
+}
+
+#[test]
+fn readme_lists_all_crates_of_the_binary_with_their_licences() {
+    let mut tree = Command::new(env!("CARGO"));
+    tree.args(["tree", "--frozen", "--target", "x86_64-unknown-linux-gnu", "--edges", "normal,build"]);
+    let output = tree.args(["--prefix", "none", "--format", "{p}|{l}"]).output().expect("cargo runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let tree = String::from_utf8(output.stdout).expect("UTF-8");
+    // A line is `name v1.2.3 (proc-macro)|licence (*)`. The first one is s5.
+    let used = tree.lines().skip(1).map(|line| {
+        let (name, licence) = line.split_once('|').expect("two fields");
+        format!(
+            "{}: {}",
+            name.split(' ').next().unwrap_or_default(),
+            normalize_licence(licence.trim_end_matches(" (*)"))
+        )
+    });
+    let readme = read("src/README.md");
+    let section = readme.split("\n## ").find(|section| section.starts_with("Dependencies\n")).expect("a section");
+    let rows = section.lines().filter(|line| line.starts_with("| ")).skip(2);
+    let listed = rows.flat_map(|row| {
+        let cells: Vec<&str> = row.trim_matches(['|', ' ']).split(" | ").collect();
+        let [crates, licence, _] = cells[..] else { panic!("expected a row of three cells: {row}") };
+        crates.split(", ").map(|name| format!("{name}: {}", normalize_licence(licence))).collect::<Vec<_>>()
+    });
+    let (used, listed): (BTreeSet<String>, BTreeSet<String>) = (used.collect(), listed.collect());
+    let missing: Vec<_> = used.difference(&listed).collect();
+    let extra: Vec<_> = listed.difference(&used).collect();
+    assert!(missing.is_empty() && extra.is_empty(), "src/README.md: add {missing:#?}, remove {extra:#?}");
 }
 
 #[test]
