@@ -136,18 +136,28 @@ impl Client {
                 let bnd = conn.local_addr().map_or(Addr::UNSPECIFIED, Addr::from);
                 return Ok((conn, bnd));
             }
-            let mut last_error = DialError::NameNotFound.into();
-            for dst in self.targets().await? {
-                let (mut conn, _) = self.open_hops(self.hops.len()).await?;
-                match self.send_request(&mut conn, command, &dst).await {
-                    // Another address of the target may succeed.
-                    Err(kind @ ClientErrorKind::Rep(_)) => last_error = kind,
-                    result => return Ok((conn, result?)),
-                }
-            }
-            Err(last_error)
+            let (conn, bnd, _) = self.try_targets(command, self.targets().await?).await?;
+            Ok((conn, bnd))
         })
         .await
+    }
+
+    /// Like [`Client::request`], for the first of several addresses of the target that succeeds, which it returns too.
+    pub async fn request_first(&self, command: Command, targets: Vec<Addr>) -> Result<(Conn, Addr, Addr), ClientError> {
+        self.with_deadline(self.try_targets(command, targets)).await
+    }
+
+    async fn try_targets(&self, command: Command, targets: Vec<Addr>) -> Result<(Conn, Addr, Addr), ClientErrorKind> {
+        let mut last_error = DialError::NameNotFound.into();
+        for dst in targets.into_iter().take(MAX_ADDRS_TRIED) {
+            let (mut conn, _) = self.open_hops(self.hops.len()).await?;
+            match self.send_request(&mut conn, command, &dst).await {
+                // Another address of the target may succeed.
+                Err(kind @ ClientErrorKind::Rep(_)) => last_error = kind,
+                result => return Ok((conn, result?, dst)),
+            }
+        }
+        Err(last_error)
     }
 
     /// Opens all hops, including the login to the last one. Does not send a request to it.
@@ -176,8 +186,7 @@ impl Client {
         match self.dst.host {
             Host::Name(ref name) if self.hops.is_empty() || self.resolves_for_hops(name) => {
                 self.enter_phase(Phase::ResolveTarget);
-                let addrs = self.options.lookup(&self.dst).await?;
-                Ok(addrs.into_iter().take(MAX_ADDRS_TRIED).map(Addr::from).collect())
+                Ok(self.options.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
             }
             _ => self.check_target_family().map(|()| vec![self.dst.clone()]),
         }

@@ -3,12 +3,11 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use super::options::Hop;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::Session;
 use crate::conn::Conn;
-use crate::net::{LocalAddr, MAX_ADDRS_TRIED, dial};
+use crate::net::{LocalAddr, dial};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Command, Host};
 
@@ -40,7 +39,14 @@ pub(super) async fn serve(
             Some(hop) => {
                 let targets =
                     if addrs.is_empty() { vec![dst.clone()] } else { addrs.into_iter().map(Addr::from).collect() };
-                Box::pin(connect_via(session, hop, targets, deadline)).await
+                let proxy = session.server().hop_client(session.log.client_key(), hop, dst.clone(), deadline);
+                let requested = Box::pin(proxy.request_first(Command::Connect, targets)).await;
+                let (target, bnd, dst) = requested.map_err(SessionError::from_upstream)?;
+                let addr = match dst.host {
+                    Host::Ip(ip) => Some(SocketAddr::new(ip, dst.port)),
+                    Host::Name(_) => None,
+                };
+                Ok((target, bnd, addr))
             }
         }
     };
@@ -51,28 +57,6 @@ pub(super) async fn serve(
     session.log.log_connect();
     session.reply_success(client, bnd, || target.peer_addr().filter(|_| hop.is_none())).await?;
     Ok(target)
-}
-
-/// A connection to a target, its BND, and the address that was connected to, if it is known.
-type Connected = (Conn, Addr, Option<SocketAddr>);
-
-/// Requests one target after the other from the hop, until one succeeds.
-async fn connect_via(session: &Session, hop: &Hop, targets: Vec<Addr>, deadline: Instant) -> SessionResult<Connected> {
-    let mut last_error = SessionError::general_failure("no target address");
-    for dst in targets.into_iter().take(MAX_ADDRS_TRIED) {
-        let client = session.server().hop_client(session.log.client_key(), hop, dst.clone(), deadline);
-        match client.request(Command::Connect).await {
-            Ok((conn, bnd)) => {
-                let addr = match dst.host {
-                    Host::Ip(ip) => Some(SocketAddr::new(ip, dst.port)),
-                    Host::Name(_) => None,
-                };
-                return Ok((conn, bnd, addr));
-            }
-            Err(error) => last_error = SessionError::from_upstream(error),
-        }
-    }
-    Err(last_error)
 }
 
 impl Session {
