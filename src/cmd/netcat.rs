@@ -4,6 +4,7 @@ pub(super) mod child;
 pub(super) mod connector;
 pub(super) mod credentials;
 pub(super) mod descriptor;
+mod end_signal;
 pub(super) mod forward;
 pub(super) mod json_output;
 pub mod options;

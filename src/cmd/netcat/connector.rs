@@ -1,10 +1,16 @@
 //! Establishes tunnels and associations for the client modes, with retries, and prints the results.
 
+use std::fmt;
+use std::future::pending;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_signal::Signal;
+use futures_lite::FutureExt as _;
+
+use super::end_signal::EndSignal;
 use super::json_output::JsonOutput;
 use super::options::ClientArgs;
 use super::report::SessionReport;
@@ -31,6 +37,8 @@ pub(crate) struct Connector {
     json: JsonOutput,
     /// The end of `--max-time`.
     deadline: Option<(Instant, Duration)>,
+    /// Set if sessions report before a signal ends s5.
+    end_signal: Option<EndSignal>,
     pub(super) hops: Vec<Proxy>,
     dst: Addr,
     options: Arc<ClientOptions>,
@@ -44,6 +52,23 @@ pub(crate) struct RetryOutcome<T> {
     pub(crate) client: Client,
     pub(crate) attempts: u32,
     pub(crate) result: Result<T, CliError>,
+}
+
+/// Reason why s5 ends a session.
+#[derive(Clone, Copy)]
+pub(crate) enum Cut {
+    /// The end of `--max-time`.
+    TimedOut(Duration),
+    Signal(Signal),
+}
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TimedOut(limit) => write!(f, "timed out after {limit:?}"),
+            Self::Signal(signal) => write!(f, "ended by SIG{}", format!("{signal:?}").to_uppercase()),
+        }
+    }
 }
 
 impl Connector {
@@ -70,7 +95,9 @@ impl Connector {
             resolves_target: args.resolves_target,
             proxy_is_udp_relay: args.udp_relay,
         });
-        let mut connector = Self { args, json, deadline, hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
+        let end_signal = args.json.is_some().then(EndSignal::new);
+        let mut connector =
+            Self { args, json, deadline, end_signal, hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
         // --quiet and -z apply to all errors except usage errors.
         credentials::add_credentials(&mut connector.hops, &connector.args).or_else(|error| match error.status {
             ExitStatus::USAGE => Err(error),
@@ -84,13 +111,19 @@ impl Connector {
         let start_error = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
         let limited = async {
             // Sessions, which also observe the deadline, report their results first.
-            let timed_out =
-                |limit| Err(self.transfer_error(ExitStatus::TIMED_OUT, &format!("timed out after {limit:?}")));
-            self.before_deadline(mode).await.unwrap_or_else(timed_out)
+            self.until_cut(mode).await.unwrap_or_else(|cut| Err(self.cut_error(cut)))
         };
-        let result = reactor::run(limited).unwrap_or_else(start_error);
+        let watch = async {
+            match &self.end_signal {
+                Some(end_signal) => end_signal.watch().await,
+                None => pending().await,
+            }
+        };
+        let result = reactor::run(limited.or(watch)).unwrap_or_else(start_error);
         let report = |error| self.json.report_error(&SessionReport::default(), error);
-        self.filter_error(result.map_err(report))
+        let result = self.filter_error(result.map_err(report));
+        self.end_signal.iter().for_each(EndSignal::raise);
+        result
     }
 
     /// Returns the target, or the expected peer of BIND, if there is one.
@@ -109,28 +142,40 @@ impl Connector {
         let mut report = SessionReport::new(&client, attempts);
         let result = match result {
             Ok(established) => {
-                let transferred = self.before_deadline(transfer(established, &client, &mut report)).await;
-                transferred.unwrap_or_else(|limit| Err(self.cut_error(&client, &report, limit)))
+                let transferred = self.until_cut(transfer(established, &client, &mut report)).await;
+                transferred.unwrap_or_else(|cut| Err(self.session_cut_error(&client, &report, cut)))
             }
             Err(error) => Err(error),
         };
         self.finish(&report, result)
     }
 
-    /// Runs `future` until the end of `--max-time`. Returns that time if the future does not complete.
-    pub(crate) async fn before_deadline<T>(&self, future: impl Future<Output = T>) -> Result<T, Duration> {
-        match self.deadline {
-            Some((deadline, limit)) => timeout_at(deadline, future).await.ok_or(limit),
-            None => Ok(future.await),
+    /// Runs `future` until the end of `--max-time`, or until a signal ends s5.
+    pub(crate) async fn until_cut<T>(&self, future: impl Future<Output = T>) -> Result<T, Cut> {
+        let limited = async {
+            match self.deadline {
+                Some((deadline, limit)) => timeout_at(deadline, future).await.ok_or(Cut::TimedOut(limit)),
+                None => Ok(future.await),
+            }
+        };
+        let Some(end_signal) = &self.end_signal else { return limited.await };
+        limited.or(async { Err(Cut::Signal(end_signal.wait().await)) }).await
+    }
+
+    /// Returns the error of a session that s5 has ended.
+    pub(super) fn session_cut_error(&self, client: &Client, report: &SessionReport<'_>, cut: Cut) -> CliError {
+        match cut {
+            Cut::TimedOut(limit) if !report.has_relay() => client.timed_out(limit).into(),
+            cut => self.cut_error(cut),
         }
     }
 
-    /// Returns the error of a session that `--max-time` has cut.
-    pub(super) fn cut_error(&self, client: &Client, report: &SessionReport<'_>, limit: Duration) -> CliError {
-        match report.has_relay() {
-            true => self.transfer_error(ExitStatus::TIMED_OUT, &format!("timed out after {limit:?}")),
-            false => client.timed_out(limit).into(),
-        }
+    fn cut_error(&self, cut: Cut) -> CliError {
+        let status = match cut {
+            Cut::TimedOut(_) => ExitStatus::TIMED_OUT,
+            Cut::Signal(signal) => ExitStatus::from_child(None, Some(signal as i32)),
+        };
+        self.transfer_error(status, &cut.to_string())
     }
 
     /// Repeats `operation` until it succeeds, fails with a final error, or `--retry` expires.
@@ -149,10 +194,11 @@ impl Connector {
             let timeout = retry_left().map_or(max_timeout, |left| left.min(max_timeout).max(MIN_TIME_LEFT));
             let timeout = Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
             let client = Client::new(self.hops.clone(), self.dst.clone(), Some(timeout), self.options.clone());
-            let attempt = self.before_deadline(operation(&client)).await;
-            let error = match attempt.unwrap_or_else(|limit| Err(client.timed_out(limit))) {
-                Ok(value) => return RetryOutcome { client, attempts, result: Ok(value) },
-                Err(error) => error,
+            let error = match self.until_cut(operation(&client)).await {
+                Ok(Ok(value)) => return RetryOutcome { client, attempts, result: Ok(value) },
+                Ok(Err(error)) => error,
+                Err(Cut::TimedOut(limit)) => client.timed_out(limit),
+                Err(cut) => return RetryOutcome { client, attempts, result: Err(self.cut_error(cut)) },
             };
             let is_shortened = timeout < max_timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
             let hint = self.hint(&error);

@@ -116,12 +116,12 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), 
     };
     let outcome = {
         let relayed = relay(&mut local, &mut tunnel, &options, &counts, |_, _| true);
-        connector.before_deadline(relayed).await
+        connector.until_cut(relayed).await
     };
     drop(tunnel);
     let outcome = match outcome {
         Ok(outcome) => outcome,
-        Err(limit) => return connector.finish(&report, Err(connector.cut_error(&client, &report, limit))),
+        Err(cut) => return connector.finish(&report, Err(connector.session_cut_error(&client, &report, cut))),
     };
     if let Err(RelayError::Undelivered(_)) = outcome {
         sleep(UNDELIVERED_GRACE).await;

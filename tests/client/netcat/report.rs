@@ -1,5 +1,7 @@
 //! The JSON object that --json prints, parsed by Python.
 
+use std::os::unix::process::ExitStatusExt as _;
+
 use crate::*;
 
 /// Evaluates a Python expression on `o`, the object in the last line of stderr.
@@ -201,4 +203,52 @@ fn json_can_be_written_to_a_file_or_a_descriptor() {
         assert_line(&format!("connect --json={value} -x {proxy} {echo}"), status, &[&format!("--json={value}: ")]);
     }
     assert_line(&format!("connect --json=/dev/full -x {proxy} {echo}"), 23, &["--json", "no space left on device"]);
+}
+
+fn send(signal: &str, client: &RunningProgram) {
+    let pid = client.pid().to_string();
+    assert!(Command::new("kill").args(["-s", signal, &pid]).status().expect("kill runs").success());
+}
+
+#[test]
+fn signal_ends_the_client_after_the_object_of_each_session() {
+    let (echo, udp_echo) = (echo_server(), udp_echo_server(V4));
+    for (signal, number) in [("TERM", 15), ("INT", 2)] {
+        let ends = |args: &str, count: usize, up: &str, prepare: &dyn Fn(&mut RunningProgram)| {
+            let mut client = start(args);
+            prepare(&mut client);
+            send(signal, &client);
+            let (status, _, stderr) = client.wait_exit(TIMEOUT);
+            assert_eq!(status.signal(), Some(number), "{args}: {stderr}");
+            let reported = stderr.lines().filter(|line| {
+                let ended = format!("\"status\":{},\"error\":", 128 + number);
+                line.contains(&ended) && line.contains(&format!(": ended by SIG{signal}\"")) && line.contains(up)
+            });
+            assert_eq!(reported.count(), count, "{args}: {stderr}");
+        };
+        let silent = ScriptedServer::start("> {greeting}; > ...");
+        ends(&format!("connect --json -x {} a:1", silent.addr), 1, "\"phase\":\"method\"", &|_| drop(silent.message()));
+        ends(&format!("connect --json --direct {echo}"), 1, "\"up\":5", &|client| {
+            client.write(b"hello");
+            client.stdout(|stdout| stdout == b"hello");
+        });
+        ends(&format!("udp --json --direct {udp_echo}"), 1, "\"up\":5", &|client| {
+            client.write(b"hello\n");
+            client.stdout(|stdout| stdout == b"hello\n");
+        });
+        let dir = temp_dir();
+        let objects = dir.path().join("objects");
+        let mut forward = start(&format!("connect --json={} -k -l 0 --direct {echo}", objects.display()));
+        let listening = forward.stderr(|stderr| stderr.ends_with('\n'));
+        let at = listening.trim_end().rsplit(' ').next().expect("an address");
+        let mut streams = [(); 3].map(|()| TcpStream::connect(at).expect("the listener accepts"));
+        for stream in &mut streams {
+            stream.write_all(b"hello").expect("data sent");
+            assert_eq!(read_exact(stream, 5), b"hello");
+        }
+        send(signal, &forward);
+        assert_eq!(forward.wait_exit(TIMEOUT).0.signal(), Some(number));
+        let written = fs::read_to_string(&objects).expect("the file exists");
+        assert_eq!(written.matches("\"up\":5,\"down\":5").count(), 3, "{written}");
+    }
 }
