@@ -31,8 +31,10 @@ mod terminal;
 mod tunnel;
 mod worker;
 
+use std::cell::RefCell;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -41,6 +43,7 @@ use std::time::Duration;
 use async_signal::{Signal, Signals};
 use futures_lite::{FutureExt as _, StreamExt as _};
 use log::Level;
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::Receiver;
@@ -66,6 +69,9 @@ use worker::{Worker, WorkerPool, WorkerReport};
 
 /// Descriptors reserved for the listeners, the event loop, the log and the resolver; at most a quarter of all.
 const RESERVED_DESCRIPTORS: u64 = 64;
+/// Descriptors that a reload can use even if sessions have all others: those of a file, and more because sessions may take
+/// some of them at that moment.
+const MAX_SPARE_DESCRIPTORS: u64 = 16;
 /// Descriptors of a session: the client's connection and the target's.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// Upper limit of the default for [`Options::max_connections`].
@@ -126,8 +132,7 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
         stop_when_bulk: options.threads > 1,
         ..RelayOptions::default()
     };
-    let (policy, limiter) =
-        (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(max_sessions, options.quotas));
+    let (policy, limiter) = (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(max_sessions, &options));
     let (pool, workers, reports) = WorkerPool::new(options.threads);
     let server = Arc::new(Server {
         options,
@@ -145,7 +150,14 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
     }
     // From now on, only the accept loops and the sessions keep the server alive.
     let server = Arc::downgrade(&{ server });
-    let reload = || reload(&server, load);
+    let spare = RefCell::new(spare_descriptors(descriptors));
+    let reload = async || {
+        // Sessions can have all other descriptors.
+        spare.take();
+        let loaded = load();
+        spare.replace(spare_descriptors(descriptors));
+        reload(&server, loaded).await;
+    };
     let result = smol::block_on(run_until_shutdown(signals, &terminal, &server, drain, reports, reload));
     if let Some(server) = server.upgrade() {
         server.workers.stop();
@@ -196,11 +208,11 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
     Some(format!("hop {}: proxy {proxy} is this server itself (choose another)", hop.name))
 }
 
-/// Loads the configuration again and rechecks all sessions. Keeps the current one if the new one has an error.
-async fn reload(server: &Weak<Server>, load: &LoadConfiguration<'_>) {
+/// Applies a configuration that was loaded again, and rechecks all sessions. Keeps the current one if the new one has an error.
+async fn reload(server: &Weak<Server>, loaded: Result<Configuration, String>) {
     let Some(server) = server.upgrade() else { return };
     let old = server.policy.current();
-    let loaded = load().and_then(|(policy, hops)| {
+    let loaded = loaded.and_then(|(policy, hops)| {
         let policy = policy.with_listeners_of(&old.policy);
         check_open_relay(&policy, &server.options).map_or(Ok((policy, hops)), Err)
     });
@@ -255,6 +267,12 @@ fn raise_descriptor_limit() -> u64 {
         Err(_) => current,
     }
     .unwrap_or(u64::MAX)
+}
+
+/// Returns descriptors to close when a reload needs some.
+fn spare_descriptors(limit: u64) -> Vec<OwnedFd> {
+    let count = (limit / 16).clamp(1, MAX_SPARE_DESCRIPTORS);
+    (0..count).map_while(|_| fcntl_dupfd_cloexec(io::stderr(), 3).ok()).collect()
 }
 
 /// Handles signals until [`wait_end_signal`] returns. Then stops accepting, and returns when all sessions have ended,

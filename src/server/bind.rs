@@ -40,6 +40,9 @@ pub(super) async fn serve(
 }
 
 async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
+    let share = session.server().limiter.bind_listeners.try_acquire(session.log.client_key());
+    let limit_reached = "limit of BIND listeners reached, or of those of one client (see --bind-ports)";
+    let share = share.ok_or_else(|| SessionError::general_failure(limit_reached))?;
     let expected = session.cancellable(client, ExpectedPeer::resolve(session, dst)).await?;
     let control = client.local_addr();
     let peer = expected.preferred_addr(control);
@@ -48,7 +51,7 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> 
     let (listener, bnd) = listen_for_peer(session, local, &expected).await.map_err(SessionError::general_failure)?;
     session.reply_success(client, bnd.into(), || None).await?;
     let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
-    drop(listener);
+    drop((listener, share));
     let (peer, addr) = accepted?;
     session.log.set_addr(addr);
     session.log.log_connect();

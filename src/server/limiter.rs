@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use super::handshakes::Handshakes;
 use super::log_shares::{Topic, admit};
-use super::options::Quotas;
+use super::options::{Options, Quotas};
 use super::shares::{ClientKey, ShareGuard, Shares};
 use crate::net::{RateLimit, TokenBucket};
+use crate::proto::PortRange;
 
 /// Applies the limits to all sessions of the server.
 pub(super) struct Limiter {
@@ -18,6 +19,10 @@ pub(super) struct Limiter {
     pub(super) sessions: Shares,
     /// Sessions until their requests.
     pub(super) handshakes: Handshakes,
+    /// Listeners of BIND, at most one per port of `--bind-ports`.
+    pub(super) bind_listeners: Shares,
+    /// UDP associations, at most one per port of `--udp-ports`. All can share a single port.
+    pub(super) associations: Shares,
     users: Shares<Arc<User>>,
     quotas: Quotas,
 }
@@ -50,15 +55,22 @@ pub(super) struct SessionQuota {
 }
 
 impl Limiter {
-    pub(super) fn new(max_sessions: usize, quotas: Quotas) -> Self {
+    pub(super) fn new(max_sessions: usize, options: &Options) -> Self {
+        let quotas = options.quotas;
         // One address leaves a quarter to the others. Two sessions are always possible.
         let three_quarters = (max_sessions.saturating_mul(3) / 4).max(max_sessions.min(2));
         let sessions_per_client = quotas.sessions_per_client.unwrap_or(three_quarters);
+        let per_port = |ports: Option<&PortRange>| {
+            let limit = ports.map_or(max_sessions, |PortRange(ports)| ports.len().min(max_sessions));
+            Shares::new(limit, limit - limit / 4)
+        };
         Self {
             max_sessions,
             sessions_per_client,
             sessions: Shares::new(max_sessions, sessions_per_client),
             handshakes: Handshakes::new(max_sessions / 2),
+            bind_listeners: per_port(options.bind_ports.as_ref()),
+            associations: per_port(options.udp_ports.as_ref().filter(|ports| ports.single().is_none())),
             users: Shares::new(usize::MAX, quotas.sessions_per_user.unwrap_or(usize::MAX)),
             quotas,
         }
@@ -85,6 +97,15 @@ impl Limiter {
             warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)"));
         }
         admitted
+    }
+
+    /// Counts two more descriptors of a session as one more session. `--max-per-client` is a number of sessions, and does not
+    /// count it.
+    pub(super) fn count_descriptors(&self, client: ClientKey) -> Option<ShareGuard> {
+        match self.quotas.sessions_per_client {
+            Some(_) => self.sessions.try_reserve(),
+            None => self.sessions.try_acquire(client),
+        }
     }
 
     /// Returns the limits of a session that apply before its login, if there are any.
@@ -117,28 +138,5 @@ impl Limiter {
 pub(super) fn warn(text: impl FnOnce() -> String) {
     if admit(Topic::Warning, None) {
         log::warn!("{}", text());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sessions_of_one_user_share_a_token_bucket_until_the_last_one_ends() {
-        let limiter = Limiter::new(10, Quotas { user_rate: Some(1000), ..Quotas::default() });
-        let admit = || {
-            let mut quota = None;
-            assert!(limiter.admit_user(b"alice", &mut quota));
-            quota.expect("a quota")
-        };
-        let (first, second) = (admit(), admit());
-        let buckets = first.rate_limit.buckets().zip(second.rate_limit.buckets());
-        assert!(buckets.map(|(first, second)| Arc::ptr_eq(first, second)).eq([true]));
-        drop(first);
-        assert!(Arc::ptr_eq(
-            second.rate_limit.buckets().next().expect("a bucket"),
-            admit().rate_limit.buckets().next().expect("a bucket")
-        ));
     }
 }

@@ -1,15 +1,9 @@
 //! The share of one client address of each limited resource: one client cannot use up what the others need.
 
-use std::io::{ErrorKind, Write as _};
-use std::net::{IpAddr, TcpStream};
-use std::time::Duration;
-
 use crate::support::login::connect_from_ip;
-use crate::support::{
-    CONNECT, Server, StreamEnd, TIMEOUT, assert_no_data, echo_server, greet, open, ping, read_exact, read_reply,
-    request, stream_end, wait_until,
-};
+use crate::*;
 
+const ANY_V4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 const OTHER: [u8; 4] = [127, 0, 0, 2];
 
 /// Connects from another address, and sends a greeting.
@@ -93,4 +87,62 @@ fn newcomer_is_served_when_tunnels_and_unfinished_handshakes_take_all_sessions()
     assert_closed(first);
     assert_no_data(&second, Duration::from_millis(50));
     tunnels.iter_mut().for_each(|stream| ping(stream, b"not disturbed"));
+}
+
+/// Opens sessions of one client until one is closed, refused or not answered. Returns those that are open.
+fn open_all(server: &Server, source: [u8; 4], command: u8) -> Vec<TcpStream> {
+    let messages = [&[5, 1, 0], &request(command, SocketAddr::new(ANY_V4, 0))[..]].concat();
+    let open = |_: usize| {
+        let (mut stream, mut answer) = (connect_from_ip(server, source), [0; 12]);
+        stream.set_read_timeout(Some(Duration::from_secs(1))).expect("option set");
+        let is_open = stream.write_all(&messages).is_ok() && stream.read_exact(&mut answer).is_ok() && answer[3] == 0;
+        is_open.then_some(stream)
+    };
+    (0..1000).map_while(open).collect()
+}
+
+#[test]
+fn one_client_has_three_quarters_of_the_ports_of_bind_and_of_associations() {
+    enter_namespace!("", "");
+    let server = Server::start(&["--bind-ports", "20000-20007", "--udp-ports", "20000-20007"]);
+    for command in [BIND, UDP_ASSOCIATE] {
+        let open = open_all(&server, [127, 0, 0, 1], command);
+        assert_eq!(open.len(), 6, "command {command}");
+        assert_eq!(open_all(&server, OTHER, command).len(), 2, "command {command}");
+    }
+    let log = server.wait_log(|log| log.contains("(see --udp-ports)"));
+    assert!(log.contains("(see --bind-ports)"), "{log}");
+}
+
+#[test]
+fn association_counts_as_two_sessions() {
+    let server = Server::start(&["--max-connections", "16"]);
+    let associations = open_all(&server, [127, 0, 0, 1], UDP_ASSOCIATE);
+    assert_eq!(associations.len(), 6, "three quarters of 16 sessions");
+    drop(associations);
+    let dst = echo_server();
+    wait_until("their shares are free", TIMEOUT, || open(&server, CONNECT, dst).1 == 0);
+}
+
+#[test]
+fn reload_works_when_sessions_have_all_descriptors() {
+    if !is_installed("prlimit") {
+        return;
+    }
+    let dir = temp_dir();
+    let rules = write_file(dir.path(), "rules", "# no rules\n");
+    for args in [&[][..], &["--max-connections", "1000", "--max-per-client", "1000"]] {
+        let mut command = Command::new("prlimit");
+        command.args(["--nofile=128:128"]).arg(s5().get_program());
+        command.args(["serve", "--listen", "127.0.0.1:0", "--rules", &rules]).args(args);
+        let server = Server::start_with(&mut command, 1);
+        let sockets = [(); 80].map(|()| server.connect());
+        let associations = open_all(&server, OTHER, UDP_ASSOCIATE);
+        assert!(associations.len() > 4, "{}", associations.len());
+        write_file(dir.path(), "rules", "deny from=127.0.0.2\n");
+        assert!(server.reload().contains("rules: 1, "), "{}", server.log());
+        associations.into_iter().for_each(assert_closed);
+        drop(sockets);
+        write_file(dir.path(), "rules", "# no rules\n");
+    }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::super::options::Hop;
 use super::super::reply::{SessionError, SessionResult};
-use super::super::shares::ClientKey;
+use super::super::shares::{ClientKey, ShareGuard};
 use super::super::state::{Server, Session};
 use crate::client::{Association, ClientError};
 use crate::conn::Conn;
@@ -37,6 +37,8 @@ pub(super) struct Upstream {
     pub(super) dropped: usize,
     /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
     pub(super) has_sent_to_names: bool,
+    /// For its descriptors, if it is not the only route.
+    share: Option<ShareGuard>,
 }
 
 enum UpstreamState {
@@ -67,6 +69,7 @@ impl Upstream {
             waiting: Vec::new(),
             dropped: 0,
             has_sent_to_names: false,
+            share: None,
         }
     }
 
@@ -104,7 +107,10 @@ impl Upstream {
         let now = Instant::now();
         if matches!(self.state, UpstreamState::Closed) && now >= self.next_attempt {
             self.next_attempt = now + RETRY_INTERVAL;
-            self.state = UpstreamState::Opening(Box::pin(Self::open(server, client, &self.hop)));
+            self.share = self.share.take().or_else(|| server.limiter.count_descriptors(client));
+            if self.share.is_some() {
+                self.state = UpstreamState::Opening(Box::pin(Self::open(server, client, &self.hop)));
+            }
         }
         let waiting: usize = self.waiting.iter().map(|(_, data)| data.len() + DATAGRAM_OVERHEAD).sum();
         let is_opening = matches!(self.state, UpstreamState::Opening(_));
