@@ -113,12 +113,11 @@ impl Conn {
                     end => return Poll::Ready(Err(ReadError::Closed(take(&mut begun), end.err()))),
                 };
                 on_receipt();
-                let bytes = if begun.is_empty() {
-                    received
-                } else {
-                    begun.extend(received);
-                    &begun
-                };
+                let is_first = begun.is_empty();
+                if !is_first {
+                    append_exactly(&mut begun, received);
+                }
+                let bytes = if is_first { received } else { &begun };
                 match M::decode_prefix(bytes) {
                     Ok((message, rest)) => {
                         self.put_back(rest);
@@ -129,8 +128,8 @@ impl Conn {
                         return Poll::Ready(Err(ReadError::Protocol(error, bytes.to_vec())));
                     }
                 }
-                if begun.is_empty() {
-                    begun.extend(received);
+                if is_first {
+                    append_exactly(&mut begun, received);
                 }
             }
         })
@@ -264,6 +263,12 @@ impl Conn {
     pub fn local_addr(&self) -> Option<SocketAddr> {
         self.io().get_ref().local_addr().ok()?.as_socket().map(to_canonical_addr)
     }
+}
+
+/// Appends to a vector without room for more: nobody knows whether the rest of a message ever arrives.
+fn append_exactly(begun: &mut Vec<u8>, received: &[u8]) {
+    begun.reserve_exact(received.len());
+    begun.extend(received);
 }
 
 /// Returns an IPv4-mapped address as IPv4. Others keep their scope.

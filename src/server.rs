@@ -144,13 +144,13 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
         workers: pool,
         shared_ports: Arc::default(),
     });
+    let spare = RefCell::new(spare_descriptors(descriptors));
     let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
     for addr in addrs {
         log::info!("listening on {addr}");
     }
     // From now on, only the accept loops and the sessions keep the server alive.
     let server = Arc::downgrade(&{ server });
-    let spare = RefCell::new(spare_descriptors(descriptors));
     let reload = async || {
         // Sessions can have all other descriptors.
         spare.take();

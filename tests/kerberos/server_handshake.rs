@@ -269,3 +269,25 @@ fn handshake_timeout_applies_at_every_stage() {
     let log = server.wait_log(|log| log.matches("handshake timed out").count() == 4);
     assert!(!log.contains(" rep="), "{log}");
 }
+
+#[test]
+fn half_a_token_takes_as_much_memory_as_has_arrived() {
+    const CLIENTS: usize = 200;
+    let Some(realm) = realm() else { return };
+    let server = serve(&realm, &[]);
+    let private = || proc_kib(&server, "smaps_rollup", "Private_Dirty");
+    // 34 of 64 KiB: a buffer of a power of two would have 64 KiB.
+    let half = [&[5, 1, 1, 1, 1, 0xFF, 0xFF][..], &[0; 34 << 10]].concat();
+    let send = || {
+        let mut stream = server.connect();
+        stream.write_all(&half).expect("data sent");
+        assert_eq!(read_exact(&mut stream, 2), [5, 1]);
+        stream
+    };
+    let _warm_up = send();
+    let before = private();
+    let _clients: Vec<TcpStream> = (0..CLIENTS).map(|_| send()).collect();
+    wait_until("all data has been read", TIMEOUT, || private().saturating_sub(before) > CLIENTS * 34);
+    let per_client = private().saturating_sub(before) / CLIENTS;
+    assert!(per_client < 42, "{per_client} KiB");
+}

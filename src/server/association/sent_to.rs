@@ -5,8 +5,9 @@ use std::net::IpAddr;
 
 use crate::proto::{Addr, HostName};
 
-/// Maximum number of addresses. The oldest is removed first.
-const MAX_ADDRS: usize = 4096;
+/// Maximum number of addresses. The one that was not used for the longest time is removed first. That takes up to 100 KiB,
+/// and as much again for long names.
+const MAX_ADDRS: usize = 1024;
 
 /// Maximum number of destinations through hops that are counted. They can be long names.
 const MAX_COUNTED_THROUGH_HOPS: usize = 256;
@@ -15,12 +16,18 @@ const MAX_COUNTED_THROUGH_HOPS: usize = 256;
 #[derive(Default)]
 pub(super) struct SentTo {
     last_ip: Option<IpAddr>,
-    /// Each address with the name that the client last used for it, if any.
-    ips: HashMap<IpAddr, Option<HostName>>,
-    /// Oldest first.
+    ips: HashMap<IpAddr, Contact>,
+    /// In the order of removal, except those that were used again: they get a second turn.
     order: VecDeque<IpAddr>,
     /// Destinations through hops, which are only counted: the hop filters the answers.
     through_hops: HashSet<Addr>,
+}
+
+struct Contact {
+    /// The name that the client last used for the address, if any.
+    name: Option<HostName>,
+    /// Set when the address was used again since it got its place in `order`.
+    is_used_again: bool,
 }
 
 impl SentTo {
@@ -30,19 +37,29 @@ impl SentTo {
         if self.last_ip.replace(ip) == Some(ip) && name.is_none() {
             return false;
         }
-        if let Some(known_name) = self.ips.get_mut(&ip) {
-            if known_name.as_ref() != name && name.is_some() {
-                *known_name = name.cloned();
+        if let Some(contact) = self.ips.get_mut(&ip) {
+            contact.is_used_again = true;
+            if contact.name.as_ref() != name && name.is_some() {
+                contact.name = name.cloned();
             }
             return false;
         }
-        self.ips.insert(ip, name.cloned());
-        self.order.push_back(ip);
-        if self.order.len() > MAX_ADDRS {
-            let oldest = self.order.pop_front();
-            oldest.map(|ip| self.ips.remove(&ip));
+        if self.order.len() >= MAX_ADDRS {
+            self.remove_least_used();
         }
+        self.ips.insert(ip, Contact { name: name.cloned(), is_used_again: false });
+        self.order.push_back(ip);
         true
+    }
+
+    fn remove_least_used(&mut self) {
+        while let Some(ip) = self.order.pop_front() {
+            match self.ips.get_mut(&ip) {
+                Some(contact) if contact.is_used_again => contact.is_used_again = false,
+                _ => return drop(self.ips.remove(&ip)),
+            }
+            self.order.push_back(ip);
+        }
     }
 
     /// Records a destination that is sent to through a hop. Returns true if it is new. At the limit, none is.
@@ -54,7 +71,7 @@ impl SentTo {
 
     /// Returns `None` for an address that nothing was sent to, else the name of the address if it has one.
     pub(super) fn get(&self, ip: IpAddr) -> Option<Option<&HostName>> {
-        self.ips.get(&ip).map(Option::as_ref)
+        self.ips.get(&ip).map(|contact| contact.name.as_ref())
     }
 }
 
@@ -69,11 +86,13 @@ mod tests {
     }
 
     #[test]
-    fn sent_to_removes_the_oldest_address_above_the_limit() {
+    fn sent_to_removes_the_least_recently_used_address_above_the_limit() {
         let mut sent_to = SentTo::default();
-        (0..=4096).for_each(|n| assert!(sent_to.insert(ip(n), None)));
-        assert!(sent_to.get(ip(0)).is_none());
-        assert!(sent_to.get(ip(1)).is_some() && sent_to.get(ip(4096)).is_some());
+        (0..1024).for_each(|n| assert!(sent_to.insert(ip(n), None)));
+        assert!(!sent_to.insert(ip(0), None));
+        (1024..1026).for_each(|n| assert!(sent_to.insert(ip(n), None)));
+        assert!((1..3).all(|n| sent_to.get(ip(n)).is_none()));
+        assert!([0, 3, 1024, 1025].into_iter().all(|n| sent_to.get(ip(n)).is_some()));
         assert_eq!((sent_to.ips.len(), sent_to.order.len()), (MAX_ADDRS, MAX_ADDRS));
     }
 

@@ -107,3 +107,36 @@ fn udp_pending_lookups_are_limited_and_do_not_stop_other_datagrams() {
     names.dedup();
     assert!(names.len() <= 16, "one association resolves {} names at the same time", names.len());
 }
+
+#[test]
+fn udp_answers_come_from_the_last_1024_addresses_that_the_client_has_used() {
+    let server = Server::start(&[]);
+    let association = Association::new(&server);
+    let echo = udp_echo_server(V4);
+    let [(old, old_addr), (reused, reused_addr)] = [2, 3].map(|n| {
+        let target = socket([127, 0, 0, n].into());
+        let addr = target.local_addr().expect("local address");
+        association.send(addr, b"hello");
+        (target, addr)
+    });
+    let (_, egress) = receive(&old);
+    receive(&reused);
+    for n in 0..1100_u16 {
+        let [high, low] = n.to_be_bytes();
+        association.send(SocketAddr::new([127, 1, high, low].into(), 9), b"");
+        if n % 50 == 0 {
+            association.ping(echo, b"the server has received all so far");
+        }
+        if n == 600 {
+            association.send(reused_addr, b"again");
+        }
+    }
+    association.ping(echo, b"the server has received all");
+    old.send_to(b"too late", egress).expect("datagram sent");
+    reused.send_to(b"in time", egress).expect("datagram sent");
+    assert_eq!(association.receive(), (reused_addr, b"in time".to_vec()));
+    association.send(old_addr, b"hello");
+    receive(&old);
+    old.send_to(b"in time again", egress).expect("datagram sent");
+    assert_eq!(association.receive(), (old_addr, b"in time again".to_vec()));
+}
