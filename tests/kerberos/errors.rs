@@ -97,7 +97,7 @@ fn silent_kdc_does_not_block_other_sessions() {
     realm.stop_answering();
     // 32 logins wait for the KDC until their deadline. The server refuses the other 8 after 1 s.
     let send_request = |_| {
-        let mut stream = greet(&server);
+        let mut stream = greet_from(&server, unused_client_ip());
         let request = request(CONNECT, UNUSED_ADDR.parse().expect("an address"));
         stream.write_all(&request).expect("the request is sent");
         stream

@@ -87,9 +87,10 @@ fn wait_session_error(setup: &Setup, target: SocketAddr, expected: &str) {
 
 #[test]
 fn invalid_token_ends_the_tunnel_and_never_reaches_the_target() {
-    let Some(setup) = Setup::new() else { return };
     for (case, expected, invalid) in INVALID {
         for level in [1, 2] {
+            // One server would not log a line for each of the sessions.
+            let Some(setup) = Setup::new() else { return };
             let (mut peer, mut target, from) = setup.tunnel(level);
             let invalid = invalid(&mut peer, &mut target);
             peer.send_raw(&invalid);

@@ -106,9 +106,7 @@ fn quote_at(text: &str) -> usize {
 
 /// Offers no authentication and sends a request. Each client has an address of its own, so that all lines are logged.
 fn send_request(server: &Server, request: &[u8]) -> TcpStream {
-    let mut stream = connect_from_ip(server, unused_client_ip());
-    stream.write_all(&[5, 1, 0]).expect("greeting sent");
-    assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+    let mut stream = greet_from(server, unused_client_ip());
     stream.write_all(request).expect("data sent");
     stream
 }

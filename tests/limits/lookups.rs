@@ -20,9 +20,7 @@ pub fn threads(server: &Server) -> (Vec<String>, u64) {
 
 /// Connects from `ip`, and sends a request by name.
 fn request_from(server: &Server, ip: IpAddr, command: u8, name: &str, port: u16) -> TcpStream {
-    let mut stream = connect_from_ip(server, ip);
-    stream.write_all(&[5, 1, 0]).expect("greeting sent");
-    assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+    let mut stream = greet_from(server, ip);
     stream.write_all(&request_by_name(command, name, port)).expect("request sent");
     stream
 }

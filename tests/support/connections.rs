@@ -33,10 +33,19 @@ pub fn greet(server: &Server) -> TcpStream {
     greet_at(server.addr())
 }
 
+/// Like [`greet`], from a loopback address.
+pub fn greet_from(server: &Server, source: impl Into<IpAddr>) -> TcpStream {
+    greet_on(connect_from_ip(server, source))
+}
+
 /// Like [`greet`], with one of several addresses of a server.
 pub fn greet_at(addr: SocketAddr) -> TcpStream {
-    let mut stream = TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
+    let stream = TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
     stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    greet_on(stream)
+}
+
+fn greet_on(mut stream: TcpStream) -> TcpStream {
     stream.write_all(&[5, 1, 0]).expect("greeting sent");
     assert_eq!(read_exact(&mut stream, 2), [5, 0]);
     stream

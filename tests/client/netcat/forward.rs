@@ -76,7 +76,7 @@ fn forward_k_serves_many_connections_that_fail_independently() {
     let open = locals.iter_mut().filter_map(|local| local.write_all(b"y").ok()).count();
     assert!(open >= 20, "{open}");
     drop(locals);
-    server.wait_log(|log| session_lines(log).len() >= 30);
+    server.wait_log(|log| ended_sessions(log) >= 30);
     let count = |stderr: &str| stderr.matches("read error: connection reset").count();
     let stderr = client.stderr(|stderr| count(stderr) >= 10);
     assert_eq!(count(&stderr), 10, "{stderr}");
