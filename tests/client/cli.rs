@@ -133,9 +133,9 @@ fn usage_error_has_a_remedy_or_refers_to_the_help() {
         ("connect -k a:1", "-k requires -l (see s5 connect --help)"),
         ("bind -w", "-w requires a value (see s5 bind --help)"),
         ("--nonsense", "unrecognized option --nonsense (see s5 --help)"),
-        ("s://a:secret@b", "unrecognized mode s://…@b (expected one of serve, connect, bind, udp)"),
-        ("connect --s://a:secret@b", "unrecognized option --s://…@b (see s5 connect --help)"),
-        ("serve a:secret@b", "unrecognized argument: …@b (see s5 serve --help)"),
+        ("s://a:top@secret@b", "unrecognized mode s://…@b (expected one of serve, connect, bind, udp)"),
+        ("connect --s://a:top@secret@b", "unrecognized option --s://…@b (see s5 connect --help)"),
+        ("serve a:top@secret@b", "unrecognized argument: …@b (see s5 serve --help)"),
         ("--man --man=1", "--man does not take a value (see s5 --help)"),
         ("connect", "a target is required: HOST:PORT, or HOST and PORT (see s5 connect --help)"),
     ];
