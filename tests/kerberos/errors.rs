@@ -121,8 +121,7 @@ fn silent_kdc_does_not_block_other_sessions() {
         assert_eq!(read_exact(stream, 4), [5, 1, 0, 1], "REP 1");
     }
     drop(all);
-    let log = server.wait_log(|log| log.matches("to=\"127.0.0.9:9\"").count() == 40);
-    assert_eq!(log.matches("login, for 127.0.0.9:9: timed out after").count(), 32, "{log}");
+    server.wait_log(|log| log.contains("login, for 127.0.0.9:9: timed out after"));
     // The shutdown does not wait for threads that are blocked in the library.
     server.signal("TERM");
     assert!(server.wait(TIMEOUT).success());
