@@ -32,7 +32,7 @@ use crate::proto::MAX_TOKEN_LEN;
 /// The libraries of MIT and Heimdal. The first one that is installed is used.
 const LIBRARY_NAMES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
 /// Environment variable for tests: the absolute path of the only library to open. Ignored by a process with more
-/// privileges than its caller (capabilities of the file, or set-user-ID).
+/// privileges than its caller, by capabilities of the file or set-user-ID.
 const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
 const AT_SECURE: c_ulong = 23;
 
@@ -118,10 +118,8 @@ fn open_library(name: OsString) -> LibraryResult<Api> {
     // SAFETY: the initializers of a GSSAPI library have no preconditions, and the library is never closed.
     let library = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) };
     let name = name.display();
-    let library = library.map_err(|error| match error.source() {
-        Some(source) => one_line(&source.to_string()),
-        None => format!("{name}: {error}"),
-    })?;
+    let text = |error: &dyn std::error::Error| error.source().map(|source| one_line(&source.to_string()));
+    let library = library.map_err(|error| text(&error).unwrap_or_else(|| format!("{name}: {error}")))?;
     Api::load(library).map_err(|error| format!("{name} {error}"))
 }
 
@@ -313,10 +311,8 @@ impl Credential {
             acquire_from(minor, name, time, &mechanisms, usage, &key_values, handle, no_set, no_time)
         });
         let path = one_line(&path.to_string_lossy());
-        acquired.map(|()| Self(credential)).map_err(|error| match error.contains(&path) {
-            true => error,
-            false => format!("{error} ({path})"),
-        })
+        let with_path = |error: String| if error.contains(&path) { error } else { format!("{error} ({path})") };
+        acquired.map(|()| Self(credential)).map_err(with_path)
     }
 
     /// Accepts a context with the only token of an initiator. Ignores a delegated credential.

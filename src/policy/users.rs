@@ -50,11 +50,6 @@ impl HashMemory {
     /// later, as many as there are threads. Memory that no hash uses remains untouched, and takes only addresses.
     const MIN_BLOCKS: usize = 33 << 10;
 
-    /// Returns its size in KiB.
-    pub fn kib(&self) -> usize {
-        self.0.capacity()
-    }
-
     /// Returns blocks of 1 KiB with any content, or `None` without memory.
     fn blocks(&mut self, count: usize) -> Option<&mut [Block]> {
         let Self(blocks) = self;

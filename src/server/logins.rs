@@ -28,7 +28,7 @@ fn max_threads() -> usize {
 
 /// The limits of logins, which outlive a reload.
 pub(super) struct Logins {
-    threads: Shares,
+    pub(super) threads: Shares,
     /// Of clients with failures. They use half of the threads, so that they delay no login of another client.
     suspects: Shares,
     large_hashes: Shares,
@@ -81,8 +81,7 @@ impl Logins {
                 Some(None)
             }
             Hashed::MustWait => {
-                let waiting = self.verify_in_turn(policy, &login, on_refused);
-                timeout_at(Instant::now() + MAX_WAIT, waiting).await
+                timeout_at(Instant::now() + MAX_WAIT, self.verify_in_turn(policy, &login, on_refused)).await
             }
         }
     }
@@ -101,12 +100,7 @@ impl Logins {
                 None => {}
                 Some(Ok(Turn::Hash)) => {
                     if let Hashed::Right(policy) = self.hash(policy, login, true).await {
-                        let refusal = match turns.try_recv() {
-                            Ok(Turn::Refuse(end)) => Some(end),
-                            _ => None,
-                        };
-                        drop(turns);
-                        self.throttle().give_back_turn(client, refusal, Instant::now());
+                        self.throttle().give_back_turn(client, &turns, Instant::now());
                         return Some(policy);
                     }
                     on_refused();
@@ -131,11 +125,10 @@ impl Logins {
             return Hashed::MustWait;
         }
         let users = policy.current().policy.users.clone();
-        let memory = users.as_ref().map_or(0, |users| users.hash_kib(&login.credentials.uname));
-        let limits =
-            [(failures() > 0, &self.suspects), (memory > LARGE_KIB, &self.large_hashes), (true, &self.threads)];
+        let is_large = users.is_some_and(|users| users.hash_kib(&login.credentials.uname) > LARGE_KIB);
+        let limits = [(failures() > 0, &self.suspects), (is_large, &self.large_hashes), (true, &self.threads)];
         let mut guards: Vec<Arc<ShareGuard>> = Vec::new();
-        for (_, limit) in limits.into_iter().filter(|(is_needed, _)| *is_needed) {
+        for (_, limit) in limits.iter().filter(|(is_needed, _)| *is_needed) {
             guards.push(limit.acquire(client).await.into());
         }
         // Logins that were hashed before this one may have failed.
@@ -146,19 +139,19 @@ impl Logins {
         // The limits and the failure count even if the client leaves meanwhile.
         let hash = move |memory: &mut HashMemory| {
             let _guards = guards;
-            match is_right(&policy, &login, memory) {
+            let is_right = policy.has_password(&login, memory);
+            if is_large {
+                // Other threads need it.
+                *memory = HashMemory::default();
+            }
+            match is_right {
                 true => Hashed::Right(policy),
                 false if has_turn => Hashed::Wrong(Instant::now()),
-                false => Hashed::Wrong(lock(&throttle).record_failure(login.client, Instant::now())),
+                false => Hashed::Wrong(lock(&throttle).record_failure(client, Instant::now())),
             }
         };
         // If no thread can be started, this worker computes the hash: a right password is not refused.
         THREADS.run(hash.clone()).await.unwrap_or_else(|| hash(&mut HashMemory::default()))
-    }
-
-    /// Waits for a thread for another kind of login of `client`.
-    pub(super) fn acquire_thread(&self, client: ClientKey) -> impl Future<Output = ShareGuard> {
-        self.threads.acquire(client)
     }
 
     fn throttle(&self) -> MutexGuard<'_, LoginThrottle<ClientKey>> {
@@ -168,20 +161,4 @@ impl Logins {
 
 fn lock(throttle: &Mutex<LoginThrottle<ClientKey>>) -> MutexGuard<'_, LoginThrottle<ClientKey>> {
     throttle.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn is_right(policy: &PolicySnapshot, login: &Login, memory: &mut HashMemory) -> bool {
-    let Some(users) = &policy.policy.users else { return false };
-    if policy.passwords.contains(login, false, Instant::now()) {
-        return true;
-    }
-    let is_right = users.verify(&login.credentials.uname, &login.credentials.passwd, memory);
-    if is_right {
-        policy.passwords.insert(login, Instant::now());
-    }
-    // Not kept until the thread ends.
-    if memory.kib() > LARGE_KIB {
-        *memory = HashMemory::default();
-    }
-    is_right
 }

@@ -5,11 +5,13 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
 
 use super::local_addr::is_local;
-use super::passwords::VerifiedPasswords;
+use super::passwords::{Login, VerifiedPasswords};
 use super::session_log::{SessionLog, with_addr};
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
+use crate::policy::users::HashMemory;
 use crate::policy::{Policy, is_reachable};
 
 /// One generation of the policy, with the verified passwords of its users.
@@ -94,6 +96,19 @@ impl PolicyHandle {
 }
 
 impl PolicySnapshot {
+    /// Returns whether the password of a login is right. Hashes it, unless it was verified lately.
+    pub(super) fn has_password(&self, login: &Login, memory: &mut HashMemory) -> bool {
+        let Some(users) = &self.policy.users else { return false };
+        if self.passwords.contains(login, false, Instant::now()) {
+            return true;
+        }
+        let is_right = users.verify(&login.credentials.uname, &login.credentials.passwd, memory);
+        if is_right {
+            self.passwords.insert(login, Instant::now());
+        }
+        is_right
+    }
+
     /// Decides a request, and returns its route. `None`: the rules depend on an address that is not known yet.
     pub(super) fn authorize(&self, request: &AccessRequest<'_>) -> Result<Option<Route>, Denial<'_>> {
         if request.identity.is_some_and(|identity| !self.policy.accepts_identity(&identity)) {

@@ -191,7 +191,7 @@ impl Session {
     async fn accept_gssapi(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
         let acceptor = self.server().options.gssapi_acceptor.as_ref().ok_or_else(not_configured)?;
         let abort = |error| SessionError::with_message(&Frame::Abort, error);
-        let thread = self.server().logins.acquire_thread(self.log.client_key());
+        let thread = self.server().logins.threads.acquire(self.log.client_key());
         let accepted = timeout_at(deadline, acceptor.accept(conn, thread)).await;
         let accepted = match accepted.ok_or_else(|| abort(self.timed_out().reason))? {
             Ok(accepted) => accepted,

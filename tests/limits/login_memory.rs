@@ -86,7 +86,7 @@ fn hash_of_a_login_that_has_timed_out_is_not_computed() {
     const LOGINS: u8 = 200;
     let _machine = lock_machine();
     let dir = temp_dir();
-    let users = write_file(dir.path(), "users", &bcrypt_line("user0", "secret", 12));
+    let users = write_file(dir.path(), "users", &bcrypt_line("user0", "secret", 11));
     let server = Server::start(&["--users", &users, "--handshake-timeout", "1s"]);
     let start = server.cpu_seconds();
     assert!(!is_accepted(start_login(&server, 0, b"wrong")));
@@ -99,4 +99,18 @@ fn hash_of_a_login_that_has_timed_out_is_not_computed() {
     let cpu = server.cpu_seconds() - start;
     eprintln!("CPU time: one hash {one_hash} s, all {cpu} s");
     assert!(cpu < one_hash * f64::from(LOGINS) / 2.0, "one hash {one_hash} s, all {cpu} s");
+}
+
+#[test]
+fn only_one_large_hash_is_computed_at_a_time() {
+    const KIB: u32 = 160 << 10;
+    let _machine = lock_machine();
+    let (dir, line) = (temp_dir(), hash(KIB));
+    let users = write_file(dir.path(), "users", &format!("user0:{line}\n"));
+    let server = Server::start(&["--users", &users, "--handshake-timeout", "60"]);
+    let before = proc_kib(&server, "status", "VmRSS");
+    let logins: Vec<TcpStream> = (0..4).map(|n| start_login(&server, 0, &[b'x', n])).collect();
+    assert!(!logins.into_iter().any(is_accepted));
+    let peak = proc_kib(&server, "status", "VmHWM") - before;
+    assert!(peak <= usize::try_from(KIB).expect("32 bits") + 16_384, "peak of {peak} KiB");
 }
