@@ -8,7 +8,6 @@
 #![allow(unsafe_code, reason = "calls a C library; the public items are safe")]
 #![warn(clippy::undocumented_unsafe_blocks)]
 
-use std::error::Error as _;
 use std::ffi::{CStr, CString, OsString, c_int, c_ulong, c_void};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;

@@ -112,6 +112,23 @@ fn flood_of_guesses_from_one_address_is_slow_and_delays_right_passwords_by_a_tur
 }
 
 #[test]
+fn guesses_from_many_addresses_delay_no_login_from_another_one() {
+    const ADDRESSES: u8 = 50;
+    let _machine = lock_machine();
+    let (dir, text) = (temp_dir(), ["alice", "bob"].map(|name| bcrypt_line(name, name, 10)).concat());
+    let users = write_file(dir.path(), "users", &text);
+    let server = Server::start(&["--users", &users, "--handshake-timeout", "60"]);
+    let guess = |count| -> Vec<TcpStream> {
+        (0..ADDRESSES).flat_map(|n| start_logins(&server, [127, 8, 0, n], wrong_passwords("alice", count))).collect()
+    };
+    // From now on, these addresses have a failure.
+    guess(1).iter_mut().for_each(|stream| assert_eq!(read_exact(stream, 2), [1, 1]));
+    let _guesses = guess(4);
+    let (time, (_, status)) = timed(|| log_in(&server, [127, 8, 1, 1], b"bob", b"bob"));
+    assert!(status == 0 && time < NO_DELAY, "{status} after {time:?}");
+}
+
+#[test]
 fn guesses_that_do_not_wait_for_the_answer_are_as_slow_and_do_not_delay_another_name() {
     let (_dir, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let server = Server::start(&["--users", &users]);
