@@ -124,7 +124,7 @@ fn too_low_or_unknown_level_is_refused_before_the_request() {
     let unknown = "the server grants an unknown protection level";
     let too_low = |granted, required| format!("the server grants protection {granted}, required is {required}");
     let table: [(&[&str], u8, &str); 7] = [
-        (&[], 0, &too_low("none", "integrity")),
+        (&[], 0, &too_low("none", "integrity (see --gssapi-min)")),
         (&["--gssapi-min", "confidentiality"], 1, &too_low("integrity", "confidentiality")),
         (&["--gssapi-protection", "integrity"], 0, &too_low("none", "")),
         (&[], 3, unknown),

@@ -1,7 +1,7 @@
 //! Upstream proxies of UDP associations: opened when needed, failing, closed, changed by a reload; and clients that leave
 //! while a proxy is silent.
 
-use super::tools::{Setup, assert_no_datagram, associate, associate_anonymously, log_in, request_for, udp_target};
+use super::tools::{Setup, assert_no_datagram, associate, associate_anonymously, request_for, udp_target};
 use crate::udp::association::{Association, datagram_name, receive};
 use crate::*;
 
@@ -153,17 +153,4 @@ fn client_that_leaves_while_a_hop_is_silent_is_noticed() {
     drop(association);
     assert!(matches!(stream_end(&mut hop_end), StreamEnd::Reset | StreamEnd::Closed(_)));
     wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
-}
-
-#[test]
-fn client_that_leaves_while_dst_of_bind_is_resolved_is_noticed() {
-    enter_namespace!("", dns::RESOLV);
-    let queries = dns::start();
-    let server = Server::start(&["--connect-timeout", "60"]);
-    let mut control = log_in(server.addr(), V4, None);
-    control.write_all(&request_by_name(BIND, "silent.example", 9)).expect("request sent");
-    wait_until("the resolver is queried", TIMEOUT, || !queries.lock().expect("not poisoned").is_empty());
-    drop(control);
-    let log = server.wait_log(|log| log.contains("client disconnected"));
-    assert!(log.contains("command=bind"), "{log}");
 }

@@ -23,19 +23,6 @@ fn session_log_line_has_all_keys_and_values() {
 }
 
 #[test]
-fn session_log_line_has_the_address_of_a_name() {
-    let server = Server::start(&[]);
-    let echo = echo_server();
-    let mut stream = greet(&server);
-    stream.write_all(&request_by_name(CONNECT, "localhost", echo.port())).expect("request sent");
-    assert_eq!(read_reply(&mut stream).0, 0);
-    drop(stream);
-    let log = server.wait_log(|log| !session_lines(log).is_empty());
-    let expected = format!(" to=\"localhost:{}\" addr={echo} ", echo.port());
-    assert!(session_lines(&log)[0].contains(&expected), "{expected} is not in {log}");
-}
-
-#[test]
 fn session_log_line_of_bind_has_the_address_of_the_peer() {
     let server = Server::start(&["-v"]);
     let (mut stream, rep, bnd) = open(&server, BIND, "127.0.0.1:0".parse().expect("valid address"));

@@ -104,27 +104,17 @@ fn connect_rep_depends_on_the_resolver_error() {
 }
 
 #[test]
-fn connect_lookup_is_cancelled_when_the_client_disconnects() {
+fn lookup_is_cancelled_when_the_client_disconnects() {
     enter_namespace!("", dns::RESOLV);
     let queries = dns::start();
-    let server = Server::start(&["--connect-timeout", "60"]);
-    let mut stream = greet(&server);
-    stream.write_all(&request_by_name(CONNECT, "silent.example", 9)).expect("request sent");
-    wait_until("the resolver is queried", Duration::from_secs(5), || !queries.lock().expect("not poisoned").is_empty());
-    drop(stream);
-    let log = server.wait_log(|log| log.contains("client disconnected"));
-    assert!(log.contains("to=\"silent.example:9\""), "{log}");
-}
-
-#[test]
-fn connect_by_name_reaches_the_resolved_address() {
-    enter_namespace!("", dns::RESOLV);
-    dns::start();
-    let server = Server::start(&[]);
-    let dst = echo_server();
-    let mut stream = greet(&server);
-    stream.write_all(&request_by_name(CONNECT, "known.example", dst.port())).expect("request sent");
-    assert_eq!(read_reply(&mut stream).0, 0);
-    stream.write_all(b"hello").expect("data sent");
-    assert_eq!(read_exact(&mut stream, 5), b"hello");
+    for (command, name) in [(CONNECT, "connect"), (BIND, "bind")] {
+        let server = Server::start(&["--connect-timeout", "60"]);
+        let mut stream = greet(&server);
+        stream.write_all(&request_by_name(command, "silent.example", 9)).expect("request sent");
+        wait_until("the resolver is queried", TIMEOUT, || !queries.lock().expect("not poisoned").is_empty());
+        drop(stream);
+        let log = server.wait_log(|log| log.contains("client disconnected"));
+        assert!(log.contains(&format!("command={name} to=\"silent.example:9\"")), "{log}");
+        queries.lock().expect("not poisoned").clear();
+    }
 }
