@@ -1,11 +1,10 @@
 //! `s5 bind`: requests a listener on the proxy, prints its address, and relays the accepted peer to stdin and stdout.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use filedescriptor::FileDescriptor;
 use rustix::io::Errno;
 
 use super::cli::exit::{CliError, ExitStatus};
@@ -29,14 +28,14 @@ const FIFO_RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// The destination of `--address-file`.
 enum AddrOutput {
     File(PathBuf),
-    Descriptor(FileDescriptor),
+    Descriptor(File),
 }
 
 impl AddrOutput {
     /// Takes the descriptor. A file of an earlier run is removed, because its address is no longer valid.
     fn open(text: &str) -> io::Result<Self> {
         if let Some(number) = descriptor::fd_number(text) {
-            return descriptor::take_fd(number).map(Self::Descriptor);
+            return descriptor::take_fd(number, true).map(Self::Descriptor);
         }
         if text == "-" {
             return Err(io::Error::other("stdout is for data (use fd:3, with 3>&1 in a shell)"));

@@ -1,7 +1,7 @@
 //! The destination of the objects of `--json`: stderr, a file, or an inherited descriptor.
 
-use std::cell::RefCell;
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -18,7 +18,7 @@ pub(crate) enum JsonOutput {
     #[default]
     Disabled,
     Stderr,
-    File(Rc<RefCell<dyn Write>>),
+    File(Rc<File>),
 }
 
 impl JsonOutput {
@@ -34,13 +34,11 @@ impl JsonOutput {
             _ => {}
         }
         let file_error = |status| move |error: io::Error| CliError::new(status, format!("--json={text}: {error}"));
-        Ok(Self::File(match descriptor::fd_number(text) {
-            Some(number) => Rc::new(RefCell::new(descriptor::take_fd(number).map_err(file_error(ExitStatus::USAGE))?)),
-            None => {
-                let file = output_file::open(Path::new(text), true).map_err(file_error(ExitStatus::WRITE_STDOUT))?;
-                Rc::new(RefCell::new(file))
-            }
-        }))
+        let file = match descriptor::fd_number(text) {
+            Some(number) => descriptor::take_fd(number, true).map_err(file_error(ExitStatus::USAGE))?,
+            None => output_file::open(Path::new(text), true).map_err(file_error(ExitStatus::WRITE_STDOUT))?,
+        };
+        Ok(Self::File(Rc::new(file)))
     }
 
     /// Opens the output of a command line that could not be parsed.
@@ -87,7 +85,7 @@ impl JsonOutput {
         match self {
             Self::Disabled => {}
             Self::Stderr => eprint_line(object),
-            Self::File(file) => file.borrow_mut().write_all(format!("{object}\n").as_bytes())?,
+            Self::File(file) => file.as_ref().write_all(format!("{object}\n").as_bytes())?,
         }
         Ok(())
     }
