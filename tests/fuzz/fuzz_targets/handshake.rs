@@ -6,6 +6,7 @@
 mod support;
 
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -20,14 +21,15 @@ use s5::proto::{Addr, Command};
 /// Beginnings of an answer: none, a selected method, a method and a login, a method and the first bytes of a reply.
 const PREFIXES: [&[u8]; 4] = [b"", b"\x05\0", b"\x05\x02\x01\0", b"\x05\0\x05\0\0"];
 const COMMANDS: [Command; 3] = [Command::Connect, Command::Bind, Command::UdpAssociate];
-const LIMIT: Duration = Duration::from_secs(4);
+const LIMIT: Duration = Duration::from_millis(500);
 
 fuzz_target!(|bytes: &[u8]| {
     let [prefix, kind, rest @ ..] = bytes else { return };
-    let listener = listener();
+    let (listener, path) = listener();
     let proxy = async {
-        let mut conn =
-            Conn::Unix(Io::new(listener.accept().expect("the client connects").0.into()).expect("registered"));
+        let (socket, _) = listener.accept().expect("the client connects");
+        socket.set_nonblocking(true).expect("option set");
+        let mut conn = Conn::Unix(Io::new(socket.into()).expect("registered"));
         let _ = conn.write_all(PREFIXES[usize::from(*prefix) % PREFIXES.len()]).await;
         for piece in support::pieces(rest) {
             // Lets the client read the piece.
@@ -36,8 +38,7 @@ fuzz_target!(|bytes: &[u8]| {
         }
     };
     let command = COMMANDS[usize::from(*kind) % COMMANDS.len()];
-    let url =
-        format!("u:p@unix:{}{}", support::socket_path("proxy").display(), if kind & 0x80 == 0 { "" } else { ",hop:1" });
+    let url = format!("u:p@unix:{}{}", path.display(), if kind & 0x80 == 0 { "" } else { ",hop:1" });
     let options = ClientOptions { proxy_is_udp_relay: kind & 0x40 != 0, ..ClientOptions::default() };
     let dst = Addr { host: "192.0.2.7".parse().expect("valid host"), port: 80 };
     let client = Client::new(parse_hops(&url).expect("valid URL"), dst, Some(LIMIT), Arc::new(options));
@@ -53,15 +54,14 @@ fuzz_target!(|bytes: &[u8]| {
             assert!(!error.to_string().is_empty());
         }
     };
-    // Nonblocking: the client connects before the proxy is polled.
+    // The client is polled first, so it has connected when the proxy accepts.
     reactor::run(zip(handshake, proxy)).expect("the event loop runs");
 });
 
-fn listener() -> &'static UnixListener {
-    static LISTENER: OnceLock<UnixListener> = OnceLock::new();
+fn listener() -> &'static (UnixListener, PathBuf) {
+    static LISTENER: OnceLock<(UnixListener, PathBuf)> = OnceLock::new();
     LISTENER.get_or_init(|| {
-        let listener = UnixListener::bind(support::socket_path("proxy")).expect("bound");
-        listener.set_nonblocking(true).expect("option set");
-        listener
+        let path = support::temp_path("proxy");
+        (UnixListener::bind(&path).expect("bound"), path)
     })
 }

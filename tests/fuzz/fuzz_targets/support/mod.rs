@@ -22,9 +22,12 @@ pub fn pieces(mut rest: &[u8]) -> Vec<&[u8]> {
     pieces
 }
 
-/// Returns a path for a socket of this process.
-pub fn socket_path(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("s5-fuzz-{}-{name}", std::process::id()))
+/// Returns a path for a socket or a file of this process. Earlier ones with this name are removed: libFuzzer ends without
+/// cleaning up.
+pub fn temp_path(name: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("s5-fuzz-{name}"));
+    let _ = std::fs::remove_file(&path);
+    path
 }
 
 /// Starts `s5 serve` on a thread of this process at the first call, and returns its Unix socket and its TCP address.
@@ -34,7 +37,7 @@ pub fn server() -> &'static (PathBuf, SocketAddr) {
     ADDRS.get_or_init(|| {
         let has_route = UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.connect("192.0.2.1:9")).is_ok();
         assert!(!has_route, "run this target with make fuzz, in a network namespace: inputs name random targets");
-        let (path, users) = (socket_path("server"), socket_path("users"));
+        let (path, users) = (temp_path("server"), temp_path("users"));
         let hash = bcrypt::hash("p", 4).expect("hashed");
         std::fs::write(&users, format!("u:{hash}\n")).expect("written");
         let addr = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("free port");
