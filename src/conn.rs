@@ -30,6 +30,9 @@ pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
 /// Time that a closing connection is still read: unread data would cause a reset, which can discard the last message.
 /// RFC 1928 section 6 requires the connection to be closed within 10 s.
 const GRACEFUL_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum number of bytes that are read and discarded during this time: a peer that ignores the message can send
+/// gigabytes.
+const MAX_DISCARDED: usize = 1 << 20;
 /// Buffer size for reads of a message, in bytes.
 const READ_LEN: usize = 1024;
 /// Time to go on connecting after the client has shut down its write side: it may still want to receive.
@@ -162,13 +165,17 @@ impl Conn {
     }
 
     /// Sends `last_message` and closes the connection so that the message arrives even while the peer is sending.
-    /// After the write side is shut down, reads until the peer closes, for at most 5 s.
+    /// After the write side is shut down, reads until the peer closes, for at most 5 s and 1 MiB.
     pub async fn close_gracefully(mut self, last_message: &[u8]) {
         let close = async {
             self.write_all(last_message).await?;
             self.close().await?;
-            let mut discarded = vec![0; 2048];
-            while self.read(&mut discarded).await? > 0 {
+            let (mut discarded, mut limit) = (vec![0; 2048], MAX_DISCARDED);
+            while limit > 0 {
+                match self.read(&mut discarded).await? {
+                    0 => break,
+                    n => limit = limit.saturating_sub(n),
+                }
                 // Without a yield, a peer that never stops sending would starve the timeout.
                 yield_now().await;
             }

@@ -4,6 +4,8 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
 
+use rustix::net::sockopt::ipv6_mtu;
+
 use crate::net::{unspecified, yield_now};
 use crate::proto::PortRange;
 
@@ -11,6 +13,7 @@ use crate::proto::PortRange;
 const MAX_PORTS_TRIED: u64 = 1024;
 /// Ports tried before other tasks run. One try takes about 1 µs.
 const PORTS_TRIED_PER_TURN: usize = 64;
+const LOOPBACK_MTU: u32 = 65_536;
 
 /// Returns the local address, with port 0, at which `peer` can reach the listener of BIND: the one on the route to it. The
 /// session's client has connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that
@@ -52,9 +55,21 @@ fn route_source(mut target: SocketAddr) -> io::Result<SocketAddr> {
 /// Any other error, such as a lack of ports or descriptors, is inconclusive: returns true.
 pub fn is_local(mut addr: SocketAddr) -> bool {
     use rustix::io::Errno;
+    if is_delivered_locally(addr) {
+        return true;
+    }
     addr.set_port(0);
     let refused = UdpSocket::bind(addr).err().and_then(|error| error.raw_os_error()).map(Errno::from_raw_os_error);
     !matches!(refused, Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
+}
+
+/// Returns true if a local route of IPv6 leads to `addr`, for example to all addresses of a prefix (AnyIP): bind(2) refuses
+/// such addresses. The path then has the MTU of the loopback device, which no other device has.
+fn is_delivered_locally(mut addr: SocketAddr) -> bool {
+    addr.set_port(9);
+    let probe = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0));
+    let mtu = probe.and_then(|probe| probe.connect(addr).and(ipv6_mtu(&probe).map_err(io::Error::from)));
+    addr.is_ipv6() && mtu.is_ok_and(|mtu| mtu >= LOOPBACK_MTU)
 }
 
 /// Returns ports of the range to try in turn, from a random start and spread over the range.

@@ -1,6 +1,6 @@
 //! The share of one client address of each limited resource: one client cannot use up what the others need.
 
-use crate::support::login::connect_from_ip;
+use crate::support::login::{connect_from_ip, login_message, users_file};
 use crate::*;
 
 const ANY_V4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -120,8 +120,7 @@ fn association_counts_as_two_sessions() {
     let associations = open_all(&server, [127, 0, 0, 1], UDP_ASSOCIATE);
     assert_eq!(associations.len(), 6, "three quarters of 16 sessions");
     drop(associations);
-    let dst = echo_server();
-    wait_until("their shares are free", TIMEOUT, || open(&server, CONNECT, dst).1 == 0);
+    wait_until("their shares are free", TIMEOUT, || open_all(&server, [127, 0, 0, 1], UDP_ASSOCIATE).len() == 6);
 }
 
 #[test]
@@ -144,5 +143,59 @@ fn reload_works_when_sessions_have_all_descriptors() {
         associations.into_iter().for_each(assert_closed);
         drop(sockets);
         write_file(dir.path(), "rules", "# no rules\n");
+    }
+}
+
+#[test]
+fn refused_client_is_read_for_at_most_one_mebibyte() {
+    let (_dir, users) = users_file(&[("alice", "secret")]);
+    let open = Server::start(&[]);
+    let with_users = Server::start(&["--users", &users]);
+    let refused = closed_port();
+    let cases = [
+        (&open, [&[5, 1, 0], &request(CONNECT, refused)[..]].concat(), vec![5, 0, 5, 5]),
+        (&open, b"GET / HTTP/1.1\r\n\r\n".to_vec(), b"HTTP".to_vec()),
+        (&open, vec![5, 1, 9], vec![5, 0xFF]),
+        (&with_users, [&[5, 1, 2], &login_message(b"alice", b"wrong")[..]].concat(), vec![5, 2, 1, 1]),
+    ];
+    for (server, messages, answer) in cases {
+        let mut stream = server.connect();
+        stream.write_all(&messages).expect("data sent");
+        assert_eq!(read_exact(&mut stream, answer.len()), answer);
+        let (chunk, mut sent) = (vec![0; 1 << 16], 0);
+        while stream.write_all(&chunk).is_ok() && sent < 64 << 20 {
+            sent += chunk.len();
+        }
+        // The buffers of the kernel hold several MiB.
+        assert!(sent < 32 << 20, "{answer:?}: {} MiB", sent >> 20);
+    }
+}
+
+#[test]
+fn local_route_of_ipv6_does_not_lead_into_the_server_again() {
+    enter_namespace!("", "");
+    let ip = |args: &str| {
+        let status = Command::new("ip").args(args.split(' ')).status().expect("ip runs");
+        assert!(status.success(), "ip {args}");
+    };
+    ip("-6 route add local 2001:db8:a::/64 dev lo");
+    ip("-6 addr add 2001:db8:b::1/128 dev lo nodad");
+    let server = serve("[::]:0", 1, &["--allow-open-relay"]);
+    let port = server.addr().port();
+    let own = ["2001:db8:a::1", "2001:db8:a::ffff", "2001:db8:b::1"].map(|ip| ip.parse::<IpAddr>().expect("valid"));
+    for (n, from) in own.into_iter().enumerate() {
+        for to in own {
+            let mut stream = retry(|| TcpStream::connect((from, port))).expect("the server accepts");
+            stream.set_read_timeout(Some(TIMEOUT)).expect("option set");
+            let messages = [&[5, 1, 0], &request(CONNECT, SocketAddr::new(to, port))[..]].concat();
+            stream.write_all(&messages).expect("data sent");
+            assert_eq!(read_exact(&mut stream, 4), [5, 0, 5, 2], "{n}: {from} to {to}");
+        }
+        // Other ports of these addresses are not the server.
+        let mut stream = retry(|| TcpStream::connect((from, port))).expect("the server accepts");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("option set");
+        let echo = echo_server_at(IpAddr::from([0; 16])).port();
+        stream.write_all(&[&[5, 1, 0], &request(CONNECT, SocketAddr::new(own[1], echo))[..]].concat()).expect("sent");
+        assert_eq!(read_exact(&mut stream, 4), [5, 0, 5, 0]);
     }
 }
