@@ -22,8 +22,8 @@ use crate::net::{
     timeout_at,
 };
 use crate::proto::{
-    self, Addr, Command, Greeting, Host, HostName, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep,
-    Reply, Request,
+    self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
+    Request,
 };
 pub use address::{parse_addr, parse_addr_or_host, parse_port};
 pub use association::Association;
@@ -130,13 +130,17 @@ impl Client {
 
     /// Opens all hops and sends the request to the last one. Returns the connection, ready for data, and BND.
     pub async fn request(&self, command: Command) -> Result<(Conn, Addr), ClientError> {
-        self.with_deadline(async {
+        self.within(self.deadline, async {
             if self.hops.is_empty() {
                 let conn = self.dial(&self.dst, Phase::ResolveTarget).await?;
                 let bnd = conn.local_addr().map_or(Addr::UNSPECIFIED, Addr::from);
                 return Ok((conn, bnd));
             }
-            let (conn, bnd, _) = self.try_targets(command, self.targets().await?).await?;
+            let targets = match self.resolves_for_hops()? {
+                true => self.options.lookup(&self.dst).await?.into_iter().map(Addr::from).collect(),
+                false => vec![self.dst.clone()],
+            };
+            let (conn, bnd, _) = self.try_targets(command, targets).await?;
             Ok((conn, bnd))
         })
         .await
@@ -144,7 +148,7 @@ impl Client {
 
     /// Like [`Client::request`], for the first of several addresses of the target that succeeds, which it returns too.
     pub async fn request_first(&self, command: Command, targets: Vec<Addr>) -> Result<(Conn, Addr, Addr), ClientError> {
-        self.with_deadline(self.try_targets(command, targets)).await
+        self.within(self.deadline, self.try_targets(command, targets)).await
     }
 
     async fn try_targets(&self, command: Command, targets: Vec<Addr>) -> Result<(Conn, Addr, Addr), ClientErrorKind> {
@@ -162,34 +166,21 @@ impl Client {
 
     /// Opens all hops, including the login to the last one. Does not send a request to it.
     pub async fn probe(&self) -> Result<(), ClientError> {
-        self.with_deadline(async { self.open_hops(self.hops.len()).await.map(drop) }).await
+        self.within(self.deadline, async { self.open_hops(self.hops.len()).await.map(drop) }).await
     }
 
-    /// Fails if this machine selects the address of the target, and its family is not allowed.
-    fn check_target_family(&self) -> Result<(), ClientErrorKind> {
-        match self.dst.host {
-            Host::Ip(ip) if self.options.resolves_target && !self.options.local.can_reach(ip.to_canonical()) => {
-                self.enter_phase(Phase::ResolveTarget);
-                Err(DialError::FamilyUnavailable.into())
-            }
-            _ => Ok(()),
+    /// Returns true if the last hop gets the addresses of the target's name instead of the name, and enters that phase.
+    ///
+    /// # Errors
+    /// The target is an address, and its family is not allowed.
+    fn resolves_for_hops(&self) -> Result<bool, ClientErrorKind> {
+        match &self.dst.host {
+            _ if !self.options.resolves_target || self.hops.is_empty() => return Ok(false),
+            Host::Name(name) if name.is_zoned_address() => return Ok(false),
+            Host::Ip(ip) if ip.is_unspecified() || self.options.local.can_reach(ip.to_canonical()) => return Ok(false),
+            Host::Name(_) | Host::Ip(_) => self.enter_phase(Phase::ResolveTarget),
         }
-    }
-
-    /// Returns true if the last hop gets the addresses of a name instead of the name.
-    fn resolves_for_hops(&self, name: &HostName) -> bool {
-        self.options.resolves_target && !self.hops.is_empty() && !name.is_zoned_address()
-    }
-
-    /// Returns the values of DST to try in turn.
-    async fn targets(&self) -> Result<Vec<Addr>, ClientErrorKind> {
-        match self.dst.host {
-            Host::Name(ref name) if self.hops.is_empty() || self.resolves_for_hops(name) => {
-                self.enter_phase(Phase::ResolveTarget);
-                Ok(self.options.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
-            }
-            _ => self.check_target_family().map(|()| vec![self.dst.clone()]),
-        }
+        if matches!(self.dst.host, Host::Name(_)) { Ok(true) } else { Err(DialError::FamilyUnavailable.into()) }
     }
 
     /// Resolves `addr`, in `phase`, and connects to it.
@@ -197,7 +188,7 @@ impl Client {
         self.enter_phase(phase);
         let addrs = self.options.lookup(addr).await?;
         self.enter_phase(Phase::Connect);
-        // `with_deadline` bounds the whole handshake.
+        // `within` bounds the whole handshake.
         let no_deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
         let (io, _) = dial(addrs, self.options.local, self.options.limits(), no_deadline).await?;
         set_keepalive(&io);
@@ -215,13 +206,6 @@ impl Client {
             })
         };
         self.within(self.deadline.filter(|_| has_deadline), accepted).await
-    }
-
-    async fn with_deadline<T>(
-        &self,
-        future: impl Future<Output = Result<T, ClientErrorKind>>,
-    ) -> Result<T, ClientError> {
-        self.within(self.deadline, future).await
     }
 
     async fn within<T>(

@@ -61,13 +61,10 @@ struct DatagramError;
 impl Client {
     /// Opens an association with each hop, through the hops before it.
     pub async fn associate(&self) -> Result<Association, ClientError> {
-        self.with_deadline(async {
-            let target = match &self.dst.host {
-                Host::Name(name) if self.resolves_for_hops(name) => {
-                    self.enter_phase(Phase::ResolveTarget);
-                    Some(ResolvedAddr::resolve(&self.dst, None, &self.options).await?)
-                }
-                _ => self.check_target_family().map(|()| None)?,
+        self.within(self.deadline, async {
+            let target = match self.resolves_for_hops()? {
+                true => Some(ResolvedAddr::resolve(&self.dst, None, &self.options).await?),
+                false => None,
             };
             let mut hops = Vec::new();
             for (hop, proxy) in self.hops.iter().enumerate() {

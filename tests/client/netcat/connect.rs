@@ -1,5 +1,6 @@
 //! Establishing a tunnel: -z, retries, source addresses and local name resolution. Also: invalid options.
 
+use crate::bind::bound_address;
 use crate::*;
 
 #[test]
@@ -124,10 +125,12 @@ fn ipv4_and_ipv6_options_restrict_the_family() {
         ("-4 -R local", "::1 80", "target [::1]:80: not an IPv4 address, as -4 or -s requires"),
         ("-6 -R local", "[::ffff:127.0.0.1]:80", "not an IPv6 address, as -6 or -s requires"),
     ] {
-        for mode in ["connect", "udp"] {
+        for mode in ["connect", "udp", "bind"] {
             let server = if options.starts_with("-4") { "127.0.0.1:0" } else { "[::1]:0" };
             let server = crate::support::serve(server, 1, &[]);
             assert_line(&format!("{mode} {options} -x {} {target}", server.addr()), 6, &[text]);
+            // Any peer has no family.
+            bound_address(&start(&format!("bind {options} -x {}", server.addr())));
         }
     }
     // The proxy has only the address ::1, so -4 leaves no address.
