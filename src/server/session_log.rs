@@ -5,7 +5,7 @@
 
 use std::ascii::escape_default;
 use std::cell::{Cell, OnceCell};
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::future::poll_fn;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::num::NonZeroU16;
@@ -359,7 +359,14 @@ impl fmt::Display for Facts<'_> {
             Some(client) => write!(f, " from={client}")?,
             None => write!(f, " from=unix")?,
         }
-        Field(" user=", log.user.as_ref().map(|user| format!("\"{}\"", escape_user(user)))).fmt(f)?;
+        Field(
+            " user=",
+            log.user.as_ref().map(|user| {
+                let bytes = user.iter().map(|byte| escape_default(*byte));
+                format!("\"{}\"", escape(bytes, user.len()))
+            }),
+        )
+        .fmt(f)?;
         Field(" method=", log.method).fmt(f)?;
         Field(" protection=", log.method.filter(|method| *method == Method::GSSAPI).map(|_| log.level)).fmt(f)?;
         Field(" command=", log.command).fmt(f)?;
@@ -410,29 +417,21 @@ fn quote_addr(addr: impl fmt::Display) -> String {
 }
 
 fn escape_name(name: &str) -> String {
-    let quoted = format!("{name:?}");
-    let escaped = quoted.get(1..quoted.len() - 1).unwrap_or_default();
-    cut(escaped, name.chars().map(char::escape_debug), name.len())
+    escape(name.chars().map(char::escape_debug), name.len())
 }
 
-fn escape_user(user: &[u8]) -> String {
-    cut(&user.escape_ascii().to_string(), user.iter().map(|byte| escape_default(*byte)), user.len())
-}
-
-/// Cuts an escaped name that is too long, and adds its length in bytes. `characters` are those of the name, escaped.
-fn cut(escaped: &str, characters: impl Iterator<Item = impl fmt::Display>, length: usize) -> String {
-    if escaped.len() <= MAX_NAME_LEN {
-        return escaped.into();
-    }
-    let mut start = String::new();
+/// Joins the escaped characters of a name. Cuts a name that is too long, and adds its length in bytes.
+fn escape(characters: impl Iterator<Item = impl fmt::Display>, length: usize) -> String {
+    let mut escaped = String::new();
     for character in characters {
-        let character = character.to_string();
-        if start.len() + character.len() > MAX_NAME_LEN {
-            break;
+        let end = escaped.len();
+        let _ = write!(escaped, "{character}");
+        if escaped.len() > MAX_NAME_LEN {
+            escaped.truncate(end);
+            return format!("{escaped}...({length} bytes)");
         }
-        start += &character;
     }
-    format!("{start}...({length} bytes)")
+    escaped
 }
 
 /// Values separated by commas.

@@ -28,11 +28,11 @@ struct StalledServer {
 }
 
 impl StalledServer {
-    fn start(stderr: impl Into<OwnedFd>, args: &[&str]) -> Self {
+    fn start(stderr: impl Into<OwnedFd>, flags: OFlags, args: &[&str]) -> Self {
         let mut stderr = File::from(stderr.into());
         fcntl_setfl(&stderr, OFlags::NONBLOCK).expect("flags set");
         while stderr.write(b"earlier output of another process\n").is_ok() {}
-        fcntl_setfl(&stderr, OFlags::empty()).expect("flags set");
+        fcntl_setfl(&stderr, flags).expect("flags set");
         let addr = closed_port();
         let mut command = s5();
         command.args(["serve", "--listen", &addr.to_string()]).args(args).stdin(Stdio::null()).stderr(stderr);
@@ -59,7 +59,8 @@ impl StalledServer {
 fn assert_sessions_and_signals_work(stderr: impl Into<OwnedFd>) {
     let dir = temp_dir();
     let rules = write_file(dir.path(), "rules", "# none\n");
-    let mut server = StalledServer::start(stderr, &["-vv", "--drain-timeout", "60", "--rules", &rules]);
+    let mut server =
+        StalledServer::start(stderr, OFlags::empty(), &["-vv", "--drain-timeout", "60", "--rules", &rules]);
     let dst = closed_port();
     (0..SESSIONS).for_each(|number| assert_eq!(server.session(number, &request(CONNECT, dst)), 5));
     let echo = crate::support::echo_server();
@@ -113,7 +114,8 @@ fn read_log(reader: &mut impl Read, done: impl Fn(&str) -> bool) -> String {
 fn lines_that_a_stalled_reader_costs_are_counted_when_it_reads_again() {
     let (mut reader, stderr) = UnixStream::pair().expect("socket pair created");
     reader.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
-    let server = StalledServer::start(stderr, &["-vv", "--deny", "to=.test"]);
+    // Another process has made it non-blocking.
+    let server = StalledServer::start(stderr, OFlags::NONBLOCK, &["-vv", "--deny", "to=.test"]);
     // Long lines, so that they do not fit into the queue.
     let request = request_by_name(CONNECT, &format!("{}.test", "a".repeat(250)), 80);
     (0..SESSIONS).for_each(|number| assert_eq!(server.session(number, &request), 2));
