@@ -51,9 +51,10 @@ pub enum Step {
     Log(String),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Role {
     /// s5 is the server. The test is its client.
+    #[default]
     Server,
     /// s5 is the client, with these arguments. The test is its proxy.
     Client(Vec<String>),
@@ -66,7 +67,7 @@ pub struct User {
     pub password: Vec<u8>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Transcript {
     /// File name.
     pub name: String,
@@ -74,8 +75,8 @@ pub struct Transcript {
     pub role: Role,
     pub server_args: Vec<String>,
     pub users: Vec<User>,
-    /// IP address of the proxy.
-    pub proxy_ip: IpAddr,
+    /// The proxy has an IPv6 address.
+    pub is_over_ipv6: bool,
     /// Play every split of the client's bytes into two writes.
     pub has_splits: bool,
     pub stdin: Vec<u8>,
@@ -109,17 +110,7 @@ impl Transcript {
         let mut transcript = Self {
             requirements: requirements.map_err(|_| format!("{name}:1: expected numbers"))?,
             name,
-            role: Role::Server,
-            server_args: Vec::new(),
-            users: Vec::new(),
-            proxy_ip: Ipv4Addr::LOCALHOST.into(),
-            has_splits: false,
-            stdin: Vec::new(),
-            is_stdin_left_open: false,
-            steps: Vec::new(),
-            status: 0,
-            stdout: Vec::new(),
-            stderr: Vec::new(),
+            ..Self::default()
         };
         for (number, line) in &lines[1..] {
             let line = (1..=9).fold((*line).to_owned(), |line, column| {
@@ -148,7 +139,7 @@ impl Transcript {
                 let (name, password) = (bytes(&value[..end])?, bytes(&value[end..])?);
                 self.users.push(User { bcrypt: key != "user", name, password });
             }
-            "over" if value == "::1" => self.proxy_ip = Ipv6Addr::LOCALHOST.into(),
+            "over" if value == "::1" => self.is_over_ipv6 = true,
             "splits" => self.has_splits = true,
             "stdin" => self.stdin = bytes(value)?,
             "stdin open" => (self.stdin, self.is_stdin_left_open) = (bytes(value)?, true),

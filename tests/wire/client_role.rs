@@ -10,7 +10,7 @@ pub fn play(transcript: &Transcript, byte_by_byte: bool) -> Result<(), String> {
     let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({chunking}): {what}", transcript.name);
     let Role::Client(args) = &transcript.role else { return Err(at(1, "role: client".into())) };
     // No other test uses this address.
-    let ip = if transcript.proxy_ip.is_ipv4() { Ipv4Addr::new(127, 0, 0, 7).into() } else { transcript.proxy_ip };
+    let ip = if transcript.is_over_ipv6 { V6 } else { ip("127.0.0.7") };
     let mut player = Player::new(SocketAddr::new(ip, 0)).map_err(|error| at(1, error.to_string()))?;
     player.byte_by_byte = byte_by_byte;
     let args = args.iter().map(|arg| arg.replace("{proxy}", &player.addr.to_string()));

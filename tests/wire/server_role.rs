@@ -145,9 +145,10 @@ fn unused_ip(family_of: IpAddr) -> IpAddr {
 
 impl Player {
     fn new(transcript: &Transcript, server: &Server, chunking: Chunking) -> Outcome<Self> {
-        let listener = server.addrs.iter().find(|addr| addr.ip() == transcript.proxy_ip);
+        let proxy_ip = if transcript.is_over_ipv6 { V6 } else { V4 };
+        let listener = server.addrs.iter().find(|addr| addr.ip() == proxy_ip);
         let listener = listener.ok_or("the server does not listen on this address")?;
-        let ip = unused_ip(transcript.proxy_ip);
+        let ip = unused_ip(proxy_ip);
         let stream = connect(bound(SocketAddr::new(ip, 0)), *listener)?;
         let (client_udp, other_udp) = (UdpSocket::bind((ip, 0))?, UdpSocket::bind((ip, 0))?);
         client_udp.set_read_timeout(Some(LIMIT))?;

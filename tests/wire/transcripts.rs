@@ -56,9 +56,9 @@ fn transcripts_are_distinct_and_cover_every_requirement() {
     assert!(missing.is_empty(), "requirements without a transcript: {missing:?}");
     let mut contents = BTreeMap::new();
     for transcript in &all {
-        let Transcript { role, server_args, users, proxy_ip, stdin, .. } = transcript;
+        let Transcript { role, server_args, users, is_over_ipv6, stdin, .. } = transcript;
         let steps: Vec<_> = transcript.steps.iter().map(|(_, step)| step).collect();
-        let content = format!("{role:?} {server_args:?} {users:?} {proxy_ip} {stdin:?} {steps:?}");
+        let content = format!("{role:?} {server_args:?} {users:?} {is_over_ipv6} {stdin:?} {steps:?}");
         let duplicate = contents.insert(content, &transcript.name);
         assert!(duplicate.is_none(), "{} and {duplicate:?} are identical", transcript.name);
     }

@@ -21,23 +21,14 @@ pub struct Figure {
     pub goals: &'static [Goal],
 }
 
-const fn higher(
-    id: &'static str,
-    label: &'static str,
-    unit: &'static str,
-    digits: usize,
-    goals: &'static [Goal],
-) -> Figure {
+type Text = &'static str;
+type Goals = &'static [Goal];
+
+const fn higher(id: Text, label: Text, unit: Text, digits: usize, goals: Goals) -> Figure {
     Figure { id, label, unit, is_higher_better: true, digits, goals }
 }
 
-const fn lower(
-    id: &'static str,
-    label: &'static str,
-    unit: &'static str,
-    digits: usize,
-    goals: &'static [Goal],
-) -> Figure {
+const fn lower(id: Text, label: Text, unit: Text, digits: usize, goals: Goals) -> Figure {
     Figure { is_higher_better: false, ..higher(id, label, unit, digits, goals) }
 }
 

@@ -7,7 +7,6 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
-use proptest::strategy::Union;
 use s5::policy::rules::{self, Identity, Route};
 use s5::proto::{HostName, ProtectionLevel};
 
@@ -16,18 +15,6 @@ use super::{PROTECTED, UNPROTECTED, ip};
 
 const METHODS: [&str; 3] = ["none", "password", "gssapi"];
 const COMMANDS: [&str; 3] = ["connect", "bind", "udp"];
-
-/// Kind of target address. The last four kinds embed an IPv4 address.
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    V4,
-    V6,
-    Mapped,
-    Nat64,
-    LocalNat64,
-    SixToFour,
-    Teredo,
-}
 
 /// Client addresses: loopback and remote, IPv4 and IPv6.
 const CLIENTS: &str = "127.0.0.1 127.1.2.3 127.255.255.255 ::1 192.0.2.7 192.0.3.7 10.1.2.3 126.0.0.1 0.0.0.0 \
@@ -96,24 +83,6 @@ fn any_v4() -> BoxedStrategy<u32> {
     prop_oneof![9 => listed, 1 => any::<u32>()].boxed()
 }
 
-fn any_ip(kind: Kind) -> BoxedStrategy<Ip> {
-    let embedding = (any_v4(), any_v4(), any::<u64>()).prop_map(move |(ip, server, rest)| {
-        let (ip, server, rest) = (u128::from(ip), u128::from(server), u128::from(rest));
-        match kind {
-            Kind::V4 | Kind::V6 | Kind::Mapped => 0xffff << 32 | ip,
-            Kind::Nat64 => 0x0064_ff9b << 96 | ip,
-            Kind::LocalNat64 => 0x0064_ff9b_0001 << 80 | rest >> 16 << 32 | ip,
-            Kind::SixToFour => 0x2002 << 112 | ip << 80 | rest,
-            Kind::Teredo => 0x2001 << 112 | server << 64 | rest >> 32 << 32 | (0xffff_ffff - ip),
-        }
-    });
-    match kind {
-        Kind::V4 => any_v4().prop_map(Ip::V4).boxed(),
-        Kind::V6 => prop_oneof![9 => any_listed(false), 1 => any::<u128>().prop_map(Ip::V6)].boxed(),
-        _ => embedding.prop_map(Ip::V6).boxed(),
-    }
-}
-
 /// Returns a net that contains one of the addresses, so that its prefix length matters.
 fn any_net(addresses: BoxedStrategy<Ip>) -> impl Strategy<Value = Net> {
     (addresses, select(&PREFIXES[..])).prop_map(|(ip, bits)| match ip {
@@ -135,10 +104,22 @@ fn any_client() -> BoxedStrategy<Ip> {
     any_word(CLIENTS).prop_map(|text| model_ip(ip(text))).boxed()
 }
 
+/// Returns addresses of both families, and IPv6 addresses that embed an IPv4 address.
 fn any_target() -> BoxedStrategy<Ip> {
-    Union::new(
-        [Kind::V4, Kind::V6, Kind::Mapped, Kind::Nat64, Kind::LocalNat64, Kind::SixToFour, Kind::Teredo].map(any_ip),
-    )
+    let embedded = |form: fn(u128, u128, u128) -> u128| {
+        let parts = (any_v4(), any_v4(), any::<u64>());
+        parts.prop_map(move |(ip, server, rest)| Ip::V6(form(ip.into(), server.into(), rest.into())))
+    };
+    prop_oneof![
+        any_v4().prop_map(Ip::V4),
+        prop_oneof![9 => any_listed(false), 1 => any::<u128>().prop_map(Ip::V6)],
+        // IPv4-mapped, NAT64, local NAT64, 6to4, Teredo.
+        embedded(|ip, _, _| 0xffff << 32 | ip),
+        embedded(|ip, _, _| 0x0064_ff9b << 96 | ip),
+        embedded(|ip, _, rest| 0x0064_ff9b_0001 << 80 | rest >> 16 << 32 | ip),
+        embedded(|ip, _, rest| 0x2002 << 112 | ip << 80 | rest),
+        embedded(|ip, server, rest| 0x2001 << 112 | server << 64 | rest >> 32 << 32 | (0xffff_ffff - ip)),
+    ]
     .boxed()
 }
 
