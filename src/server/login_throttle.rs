@@ -4,12 +4,12 @@
 //! take turns, the newest login of a name first. So a client with many logins, that wait or come and go, delays a right
 //! password by a turn, unless it has the same name.
 //!
-//! Refusals must not show which names are known. An unknown name is not hashed, and takes the turn of no other name. It is
-//! refused as if it had been: at a turn, the newest login that was hashed or needs no hash is refused, after a delay.
+//! Refusals must not show which names are known. An unknown name takes the turn of no other name, and is refused like a
+//! known one: at a turn, the newest login that was hashed or needs no hash is refused, after a delay.
 
 use std::collections::HashMap;
 use std::fmt::Display;
-use std::hash::{BuildHasher as _, Hash, RandomState};
+use std::hash::{BuildHasher as _, Hash};
 use std::time::{Duration, Instant};
 
 use smol::channel::{self, Receiver, Sender};
@@ -44,7 +44,6 @@ pub(super) enum Turn {
 /// The clients with recent failures, by address, IPv6 by /64.
 pub(super) struct LoginThrottle<K> {
     clients: HashMap<K, FailedLogins>,
-    name_hasher: RandomState,
 }
 
 struct FailedLogins {
@@ -121,7 +120,7 @@ impl FailedLogins {
 
 impl<K> Default for LoginThrottle<K> {
     fn default() -> Self {
-        Self { clients: HashMap::new(), name_hasher: RandomState::new() }
+        Self { clients: HashMap::new() }
     }
 }
 
@@ -151,7 +150,7 @@ impl<K: Copy + Display + Eq + Hash> LoginThrottle<K> {
 
     /// Lets a login wait. The caller drops the result to end that, and calls [`Self::take_turn`] meanwhile.
     pub(super) fn wait(&mut self, client: K, name: &[u8], needs_hash: bool, now: Instant) -> Receiver<Turn> {
-        let name = self.name_hasher.hash_one(name);
+        let name = self.clients.hasher().hash_one(name);
         let (turns, receiver) = channel::bounded(2);
         self.failed_logins(client, now).waiting.push(WaitingLogin { name, needs_hash, turns });
         receiver

@@ -88,30 +88,35 @@ impl Logins {
 
     async fn verify_in_turn(&self, policy: &PolicyHandle, login: &Arc<Login>, on_refused: impl Fn()) -> Verdict {
         let (client, uname) = (login.client, &login.credentials.uname);
-        let mut needs_hash = policy.current().policy.users.as_ref().is_some_and(|users| users.contains(uname));
-        if !needs_hash {
+        let is_known = policy.current().policy.users.as_ref().is_some_and(|users| users.contains(uname));
+        if !is_known {
             on_refused();
         }
-        let wait = |needs_hash| self.throttle().wait(client, uname, needs_hash, Instant::now());
-        let mut turns = wait(needs_hash);
+        let mut is_hashed = false;
+        let wait = |is_hashed: bool| lock(&self.throttle).wait(client, uname, is_known && !is_hashed, Instant::now());
+        let mut turns = wait(is_hashed);
         loop {
-            let next_turn = self.throttle().take_turn(client, Instant::now());
+            let next_turn = lock(&self.throttle).take_turn(client, Instant::now());
             match timeout_at(next_turn, turns.recv()).await {
                 None => {}
                 Some(Ok(Turn::Hash)) => {
                     if let Hashed::Right(policy) = self.hash(policy, login, true).await {
-                        self.throttle().give_back_turn(client, &turns, Instant::now());
+                        lock(&self.throttle).give_back_turn(client, &turns, Instant::now());
                         return Some(policy);
                     }
                     on_refused();
-                    needs_hash = false;
+                    is_hashed = true;
                 }
                 Some(Ok(Turn::Refuse(end))) => {
+                    // An unknown name takes as long as a known one, also if a hash takes longer than the delay.
+                    if !is_hashed {
+                        self.hash(policy, login, true).await;
+                    }
                     sleep_until(end).await;
                     return None;
                 }
                 // The client was evicted, because too many others had failures.
-                Some(Err(_)) => turns = wait(needs_hash),
+                Some(Err(_)) => turns = wait(is_hashed),
             }
         }
     }
@@ -119,7 +124,7 @@ impl Logins {
     /// Hashes the password, unless it was verified lately. Without a turn, a failure counts.
     async fn hash(&self, policy: &PolicyHandle, login: &Arc<Login>, has_turn: bool) -> Hashed {
         let client = login.client;
-        let failures = || self.throttle().failures(client, Instant::now());
+        let failures = || lock(&self.throttle).failures(client, Instant::now());
         let must_wait = || !has_turn && failures() >= FREE_FAILURES;
         if must_wait() {
             return Hashed::MustWait;
@@ -152,10 +157,6 @@ impl Logins {
         };
         // If no thread can be started, this worker computes the hash: a right password is not refused.
         THREADS.run(hash.clone()).await.unwrap_or_else(|| hash(&mut HashMemory::default()))
-    }
-
-    fn throttle(&self) -> MutexGuard<'_, LoginThrottle<ClientKey>> {
-        lock(&self.throttle)
     }
 }
 

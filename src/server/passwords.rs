@@ -27,8 +27,8 @@ pub(super) struct Login {
 
 /// The passwords verified lately, by client address and user.
 pub(super) struct VerifiedPasswords {
-    /// Random key of the digests, which are useless outside of this process. `None`: nothing is stored.
-    mac_key: Option<[u8; 32]>,
+    /// Random key of the digests, which are useless outside of this process. `None` without random numbers: nothing is stored.
+    mac: Option<Blake2bMac512>,
     entries: Mutex<HashMap<(ClientKey, Vec<u8>), Verified>>,
 }
 
@@ -42,7 +42,8 @@ struct Verified {
 impl Default for VerifiedPasswords {
     fn default() -> Self {
         let mut key = [0; 32];
-        Self { mac_key: getrandom::fill(&mut key).is_ok().then_some(key), entries: Mutex::default() }
+        let key = getrandom::fill(&mut key).map(|()| key);
+        Self { mac: key.ok().and_then(|key| Blake2bMac512::new_from_slice(&key).ok()), entries: Mutex::default() }
     }
 }
 
@@ -80,9 +81,7 @@ impl VerifiedPasswords {
     }
 
     fn mac(&self, login: &Login) -> Option<Blake2bMac512> {
-        let mut mac = Blake2bMac512::new_from_slice(self.mac_key.as_ref()?).ok()?;
-        mac.update(&login.credentials.passwd);
-        Some(mac)
+        Some(self.mac.clone()?.chain_update(&login.credentials.passwd))
     }
 
     fn entries(&self) -> MutexGuard<'_, HashMap<(ClientKey, Vec<u8>), Verified>> {
