@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use async_signal::Signal;
 use futures_lite::FutureExt as _;
 
-use super::end_signal::EndSignal;
 use super::json_output::JsonOutput;
 use super::options::ClientArgs;
 use super::report::SessionReport;
+use super::signal_watch::SignalWatch;
 use super::{credentials, proxies};
 use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Phase, Proxy};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
@@ -38,7 +38,7 @@ pub(crate) struct Connector {
     /// The end of `--max-time`.
     deadline: Option<(Instant, Duration)>,
     /// Set if sessions report before a signal ends s5.
-    end_signal: Option<EndSignal>,
+    signal_watch: Option<SignalWatch>,
     pub(super) hops: Vec<Proxy>,
     dst: Addr,
     options: Arc<ClientOptions>,
@@ -95,9 +95,9 @@ impl Connector {
             resolves_target: args.resolves_target,
             proxy_is_udp_relay: args.udp_relay,
         });
-        let end_signal = args.json.is_some().then(EndSignal::new);
+        let signal_watch = args.json.is_some().then(SignalWatch::new);
         let mut connector =
-            Self { args, json, deadline, end_signal, hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
+            Self { args, json, deadline, signal_watch, hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
         // --quiet and -z apply to all errors except usage errors.
         credentials::add_credentials(&mut connector.hops, &connector.args).or_else(|error| match error.status {
             ExitStatus::USAGE => Err(error),
@@ -114,15 +114,15 @@ impl Connector {
             self.until_cut(mode).await.unwrap_or_else(|cut| Err(self.cut_error(cut)))
         };
         let watch = async {
-            match &self.end_signal {
-                Some(end_signal) => end_signal.watch().await,
+            match &self.signal_watch {
+                Some(signal_watch) => signal_watch.watch().await,
                 None => pending().await,
             }
         };
         let result = reactor::run(limited.or(watch)).unwrap_or_else(start_error);
         let report = |error| self.json.report_error(&SessionReport::default(), error);
         let result = self.filter_error(result.map_err(report));
-        self.end_signal.iter().for_each(EndSignal::raise);
+        self.signal_watch.iter().for_each(SignalWatch::raise);
         result
     }
 
@@ -158,8 +158,8 @@ impl Connector {
                 None => Ok(future.await),
             }
         };
-        let Some(end_signal) = &self.end_signal else { return limited.await };
-        limited.or(async { Err(Cut::Signal(end_signal.wait().await)) }).await
+        let Some(signal_watch) = &self.signal_watch else { return limited.await };
+        limited.or(async { Err(Cut::Signal(signal_watch.wait().await)) }).await
     }
 
     /// Returns the error of a session that s5 has ended.

@@ -8,13 +8,13 @@ use futures_lite::StreamExt as _;
 use smol::channel::{self, Receiver, Sender};
 
 /// The signal that ends s5, once it has arrived.
-pub(super) struct EndSignal {
+pub(super) struct SignalWatch {
     received: Cell<Option<Signal>>,
     /// Closed by the signal.
     waiting: (Sender<()>, Receiver<()>),
 }
 
-impl EndSignal {
+impl SignalWatch {
     pub(super) fn new() -> Self {
         Self { received: Cell::default(), waiting: channel::bounded(1) }
     }
