@@ -52,7 +52,7 @@ impl AcceptLoop {
             // Only for a connection that may be waiting: otherwise idle listeners would hold unused reservations.
             self.listener.ready(Interest::Read).await;
             let limiter = &self.server.limiter;
-            let reserved = match limiter.sessions.try_reserve() {
+            let reserved = match limiter.sessions.try_acquire(None) {
                 Some(reserved) => reserved,
                 None if self.has_waiting() => limiter.wait_to_reserve().await,
                 None => continue,

@@ -82,7 +82,7 @@ impl Limiter {
         let limit = self.max_sessions;
         warn(|| format!("limit of {limit} connections reached: new ones wait (raise --max-connections)"));
         self.handshakes.make_room();
-        self.sessions.reserve().await
+        self.sessions.acquire(None).await
     }
 
     /// Counts a new connection against its client. Returns `None` if the client has too many sessions.
@@ -103,7 +103,7 @@ impl Limiter {
     /// count it.
     pub(super) fn count_descriptors(&self, client: ClientKey) -> Option<ShareGuard> {
         match self.quotas.sessions_per_client {
-            Some(_) => self.sessions.try_reserve(),
+            Some(_) => self.sessions.try_acquire(None),
             None => self.sessions.try_acquire(client),
         }
     }

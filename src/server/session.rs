@@ -166,7 +166,7 @@ impl Session {
         credentials: Credentials,
         deadline: Instant,
     ) -> SessionResult<Authenticated> {
-        self.log.user = Some(credentials.uname.clone().into());
+        self.log.user = Some(Box::new(credentials.uname.clone().into()));
         let (server, login, started) =
             (self.server(), Login { client: self.log.client_key(), credentials }, Instant::now());
         let verified = self.cancellable(conn, async {
@@ -200,7 +200,7 @@ impl Session {
             Err(error) => return Err(abort(format!("{LOGIN_REFUSED} ({error})"))),
         };
         self.log.method = Some(Method::GSSAPI);
-        self.log.user = Some(accepted.user.into());
+        self.log.user = Some(Box::new(accepted.user.into()));
         self.log.level = accepted.level;
         self.log.log_login();
         let is_stream_allowed = accepted.detects_reordering || accepted.protection.is_none();

@@ -39,7 +39,8 @@ pub(super) struct SessionLog {
     /// Time from the start of the first session to that of this one, in milliseconds.
     started: u64,
     client: Option<AddrPort>,
-    pub(super) user: Option<Box<[u8]>>,
+    /// Boxed twice, because most sessions have no user.
+    pub(super) user: Option<Box<Box<[u8]>>>,
     /// Set after a successful login.
     pub(super) method: Option<Method>,
     pub(super) level: ProtectionLevel,
@@ -190,7 +191,7 @@ impl SessionLog {
 
     /// Returns the identity of a client that has logged in.
     pub(super) fn identity(&self) -> Option<Identity<'_>> {
-        self.method.map(|method| Identity { method, user: self.user.as_deref(), level: self.level })
+        self.method.map(|method| Identity { method, user: self.user.as_deref().map(|user| &**user), level: self.level })
     }
 
     pub(super) fn client_key(&self) -> ClientKey {

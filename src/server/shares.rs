@@ -15,7 +15,7 @@ use smol::channel::{self, Sender};
 /// The key that clients are counted by: an IPv4 address, or an IPv6 /64, which usually belongs to one customer. All clients
 /// on Unix sockets have the same key.
 // The bits of an IPv4 address, or those of the /64 inverted: no client has an address in ffff:ffff::/32.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct ClientKey(NonZeroU64);
 
 impl ClientKey {
@@ -44,13 +44,8 @@ impl fmt::Display for ClientKey {
     }
 }
 
-impl fmt::Debug for ClientKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
 /// A limited resource, which clients (or users) share. Clones are the same resource.
+#[derive(Clone)]
 pub(super) struct Shares<K: Eq + Hash + Clone = ClientKey>(Arc<Mutex<Usage<K>>>);
 
 struct Usage<K: Eq + Hash + Clone> {
@@ -81,12 +76,6 @@ pub(super) struct ShareGuard<K: Eq + Hash + Clone = ClientKey> {
     client: Option<K>,
 }
 
-impl<K: Eq + Hash + Clone> Clone for Shares<K> {
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
-}
-
 impl<K: Eq + Hash + Clone> Shares<K> {
     /// Limits the uses at once, of all clients and of each one. Both limits are at least 1.
     pub(super) fn new(limit: usize, per_client: usize) -> Self {
@@ -94,33 +83,9 @@ impl<K: Eq + Hash + Clone> Shares<K> {
         Self(Arc::new(Mutex::new(Usage { limit, per_client, in_use: 0, clients, turns, last_number: 0 })))
     }
 
-    /// Returns `None` if the client or the resource is at its limit.
-    pub(super) fn try_acquire(&self, client: K) -> Option<ShareGuard<K>> {
-        self.try_use(Some(client))
-    }
-
-    /// Waits until neither the client nor the resource is at its limit, and it is the client's turn. The caller sets the
-    /// deadline. Dropping the future gives up the place in the queue.
-    pub(super) fn acquire(&self, client: K) -> impl Future<Output = ShareGuard<K>> {
-        self.wait_to_use(Some(client))
-    }
-
-    /// As [`Self::try_acquire`], for a client that is not known yet.
-    pub(super) fn try_reserve(&self) -> Option<ShareGuard<K>> {
-        self.try_use(None)
-    }
-
-    /// As [`Self::acquire`], for a client that is not known yet.
-    pub(super) fn reserve(&self) -> impl Future<Output = ShareGuard<K>> {
-        self.wait_to_use(None)
-    }
-
-    fn usage(&self) -> MutexGuard<'_, Usage<K>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn try_use(&self, client: Option<K>) -> Option<ShareGuard<K>> {
-        let mut usage = self.usage();
+    /// Returns `None` if the client or the resource is at its limit. A client that is `None` is not known yet.
+    pub(super) fn try_acquire(&self, client: impl Into<Option<K>>) -> Option<ShareGuard<K>> {
+        let (client, mut usage) = (client.into(), self.usage());
         if !usage.try_use(&client) {
             return None;
         }
@@ -129,7 +94,10 @@ impl<K: Eq + Hash + Clone> Shares<K> {
         Some(ShareGuard { shares: self.clone(), client })
     }
 
-    async fn wait_to_use(&self, client: Option<K>) -> ShareGuard<K> {
+    /// Waits until neither the client nor the resource is at its limit, and it is the client's turn. The caller sets the
+    /// deadline. Dropping the future gives up the place in the queue.
+    pub(super) async fn acquire(&self, client: impl Into<Option<K>>) -> ShareGuard<K> {
+        let client = client.into();
         loop {
             let (sender, receiver) = channel::bounded(1);
             let number = self.usage().use_or_enqueue(&client, sender);
@@ -139,6 +107,10 @@ impl<K: Eq + Hash + Clone> Shares<K> {
                 return guard;
             }
         }
+    }
+
+    fn usage(&self) -> MutexGuard<'_, Usage<K>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -159,18 +131,6 @@ impl<K: Eq + Hash + Clone> Usage<K> {
             self.in_use += 1;
             self.entry(client).in_use += 1;
         }
-        has_room
-    }
-
-    /// Counts a use of `from` as one of `to`. Returns false if `to` is at its limit.
-    fn assign(&mut self, from: &Option<K>, to: &Option<K>) -> bool {
-        let has_room = self.entry(to).in_use < self.per_client;
-        if has_room {
-            self.entry(to).in_use += 1;
-            self.entry(from).in_use -= 1;
-        }
-        self.update(from);
-        self.update(to);
         has_room
     }
 
@@ -234,8 +194,15 @@ impl<K: Eq + Hash + Clone> ShareGuard<K> {
     /// Makes a reservation a use of `client`. Returns `None` if the client is at its limit.
     pub(super) fn assign(mut self, client: K) -> Option<Self> {
         let client = Some(client);
-        let is_assigned = self.shares.usage().assign(&self.client, &client);
-        is_assigned.then(|| {
+        let mut usage = self.shares.usage();
+        let has_room = usage.clients.get(&client).is_none_or(|entry| entry.in_use < usage.per_client);
+        if has_room {
+            usage.entry(&client).in_use += 1;
+            usage.entry(&self.client).in_use -= 1;
+            usage.update(&self.client);
+        }
+        drop(usage);
+        has_room.then(|| {
             self.client = client;
             self
         })
@@ -270,83 +237,37 @@ impl<K: Eq + Hash + Clone> Drop for ShareGuard<K> {
 
 #[cfg(test)]
 mod tests {
-    use std::pin::pin;
-
     use futures_lite::future::{block_on, poll_once};
 
     use super::*;
 
-    const A: &str = "a";
-    const B: &str = "b";
-
     #[test]
-    fn shares_are_limited_in_all_and_per_client_and_a_client_without_uses_has_no_entry() {
-        let shares = Shares::new(3, 2);
-        let mut guards = [A, A, B].map(|client| shares.try_acquire(client));
-        assert!(guards.iter().all(Option::is_some));
-        assert!(shares.try_acquire(B).is_none(), "more than the limit");
-        guards[0] = None;
-        guards[2] = None;
-        assert!(shares.try_reserve().expect("there is room").assign(A).is_some());
-        guards[2] = shares.try_acquire(A);
-        assert!(shares.try_acquire(A).is_none(), "more than the share");
-        assert!(shares.try_reserve().expect("there is room").assign(A).is_none());
-        drop(guards);
-        let usage = shares.usage();
-        assert!(usage.in_use == 0 && usage.clients.is_empty() && usage.turns.is_empty());
-    }
-
-    #[test]
-    fn clients_that_wait_for_shares_take_turns() {
+    fn clients_that_wait_for_shares_take_turns_and_leave_nothing_behind() {
         let shares = Shares::new(2, 1);
-        let held = [A, "c"].map(|client| shares.try_acquire(client));
-        let mut requests: Vec<_> =
-            [A, A, A, B, B].into_iter().map(|client| Some(Box::pin(shares.acquire(client)))).collect();
-        let mut poll = |i: usize| {
-            let request = requests.get_mut(i)?.as_mut()?;
-            block_on(poll_once(request))
-        };
-        assert!((0..5).all(|i| poll(i).is_none()));
-        let [a, c] = held;
+        let (a, c) = (shares.try_acquire("a"), shares.try_acquire("c"));
+        let mut requests = ["a", "a", "a", "b", "b"].map(|client| Some(Box::pin(shares.acquire(client))));
+        let mut poll = |i: usize| requests.get_mut(i).and_then(Option::as_mut).and_then(|r| block_on(poll_once(r)));
+        assert!(a.is_some() && c.is_some() && (0..5).all(|i| poll(i).is_none()));
         drop(c);
         assert!(poll(0).is_none(), "a is at its limit");
-        let b = poll(3).expect("b was next, since a is at its limit");
+        let b = poll(3).expect("b is next");
         drop(a);
         let a = poll(0).expect("a has room again");
         drop(b);
         assert!(poll(4).is_some());
         drop(a);
-        assert!(poll(1).is_some());
-        drop(requests);
-        assert!(shares.usage().clients.is_empty() && shares.usage().turns.is_empty());
-    }
-
-    #[test]
-    fn dropped_requests_are_skipped_also_after_they_were_granted() {
-        let shares = Shares::new(1, 1);
-        let held = shares.try_acquire(A);
-        let mut granted = Box::pin(shares.acquire(A));
-        let mut left = Box::pin(shares.acquire(B));
-        let mut last = pin!(shares.acquire("c"));
-        for request in [&mut granted, &mut left] {
-            assert!(block_on(poll_once(request)).is_none());
-        }
-        assert!(block_on(poll_once(&mut last)).is_none());
-        drop(held);
-        drop((left, granted));
-        assert!(block_on(poll_once(&mut last)).is_some());
+        // Granted to a request that is dropped without having noticed it.
+        requests = requests.map(|_| None);
+        assert!(requests.iter().all(Option::is_none));
+        let usage = shares.usage();
+        assert!(usage.in_use == 0 && usage.clients.is_empty() && usage.turns.is_empty());
     }
 
     #[test]
     fn client_key_is_the_ipv4_address_the_ipv6_prefix_or_unix() {
-        let key = |ip: &str| ClientKey::new(Some(ip.parse().expect("an address"))).to_string();
-        let table = [
-            ("192.0.2.7", "192.0.2.7"),
-            ("::ffff:192.0.2.7", "192.0.2.7"),
-            ("2001:db8:0:1::7", "2001:db8:0:1::/64"),
-            ("::1", "::/64"),
-        ];
+        let key = |ip: &str| ClientKey::new(ip.parse().ok()).to_string();
+        let table = [("192.0.2.7", "192.0.2.7"), ("::ffff:192.0.2.7", "192.0.2.7"), ("::1", "::/64"), ("", "unix")];
         table.into_iter().for_each(|(ip, expected)| assert_eq!(key(ip), expected));
-        assert_eq!(ClientKey::new(None).to_string(), "unix");
+        assert_eq!(key("2001:db8:0:1::7"), "2001:db8:0:1::/64");
     }
 }
