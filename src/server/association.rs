@@ -37,7 +37,7 @@ use client_socket::ClientSocket;
 use drop_log::DropLog;
 use egress::Egress;
 use name_cache::{NameCache, Resolved};
-use upstream::{UpstreamEvent, only_route, open_only_route};
+use upstream::open_only_route;
 
 /// Datagrams relayed from one socket before the next socket is polled. The last receive call may exceed it.
 const MAX_DATAGRAMS_PER_TURN: usize = 64;
@@ -106,12 +106,13 @@ impl AssociationRelay<'_> {
             let mut now = Instant::now();
             let has_more = BUFFERS.with_borrow_mut(|(received, to_send)| self.relay_ready(cx, now, received, to_send));
             let has_resolved = self.send_resolved(cx);
-            let has_opened = match self.poll_upstreams(cx) {
-                Ok(has_opened) => has_opened,
+            let opened = match self.egress.poll_upstreams(self.session, cx) {
+                Ok(opened) => opened,
                 Err(reason) => return Poll::Ready(Some(reason)),
             };
+            self.count_sent(opened.unwrap_or_default());
             // The new sockets have not been polled for answers yet.
-            if has_more || has_resolved || has_opened {
+            if has_more || has_resolved || opened.is_some() {
                 wake_later(cx);
                 return Poll::Pending;
             }
@@ -144,26 +145,6 @@ impl AssociationRelay<'_> {
         let routes = policy.policy.rules.possible_routes(&log.access_request());
         self.egress.upstreams.retain(|upstream| routes.contains(&Route::Hop(upstream.index)));
         None
-    }
-
-    /// Notices upstreams that have opened, failed or closed. Returns true if one has opened, and an error if the only
-    /// possible route has closed.
-    fn poll_upstreams(&mut self, cx: &mut Context<'_>) -> Result<bool, String> {
-        let (mut has_opened, mut sent) = (false, 0);
-        for upstream in &mut self.egress.upstreams {
-            match upstream.poll(cx) {
-                Some(UpstreamEvent::Opened(bytes)) => (has_opened, sent) = (true, sent + bytes),
-                Some(UpstreamEvent::Closed(error)) if only_route(self.session) == Some(Route::Hop(upstream.index)) => {
-                    return Err(error);
-                }
-                Some(UpstreamEvent::Failed(error) | UpstreamEvent::Closed(error)) => {
-                    self.session.log.log_hop(&upstream.hop, upstream.dropped, &error);
-                }
-                None => {}
-            }
-        }
-        self.count_sent(sent);
-        Ok(has_opened)
     }
 
     /// Relays received datagrams in both directions. Returns true if there may be more.

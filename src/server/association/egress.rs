@@ -3,12 +3,15 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::task::Context;
 
 use super::super::options::Hop;
 use super::super::session_log::SessionLog;
+use super::super::state::Session;
 use super::sent_to::SentTo;
-use super::upstream::Upstream;
+use super::upstream::{Upstream, UpstreamEvent, only_route};
 use crate::net::{BatchSocket, GsoBatch, unspecified};
+use crate::policy::rules::Route;
 use crate::proto::{Addr, Host, HostName};
 
 #[derive(Default)]
@@ -39,6 +42,25 @@ impl Egress {
             self.upstreams.push(Upstream::new(index, hop.clone()));
         }
         self.upstreams.iter_mut().find(|upstream| upstream.index == index)
+    }
+
+    /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent if one has opened,
+    /// and an error if the only possible route has closed.
+    pub(super) fn poll_upstreams(&mut self, session: &Session, cx: &mut Context<'_>) -> Result<Option<usize>, String> {
+        let mut sent = None;
+        for upstream in &mut self.upstreams {
+            match upstream.poll(cx) {
+                Some(UpstreamEvent::Opened(bytes)) => sent = Some(sent.unwrap_or_default() + bytes),
+                Some(UpstreamEvent::Closed(error)) if only_route(session) == Some(Route::Hop(upstream.index)) => {
+                    return Err(error);
+                }
+                Some(UpstreamEvent::Failed(error) | UpstreamEvent::Closed(error)) => {
+                    session.log.log_hop(&upstream.hop, upstream.dropped, &error);
+                }
+                None => {}
+            }
+        }
+        Ok(sent)
     }
 
     /// Sends and clears a batch. Returns the number of bytes sent.
