@@ -33,7 +33,7 @@ use crate::support::{
 /// Fewest faults of one test. There are 16 tests, so `make torture` injects more than 300.
 const MIN_FAULTS: usize = 25;
 /// Time limit for a session with a fault. The time limits of the server and of the client are shorter.
-const LIMIT: Duration = Duration::from_secs(15);
+const LIMIT: Duration = Duration::from_secs(30);
 /// Time limit for a line of a program, which a fault can suppress.
 const LINE_LIMIT: Duration = Duration::from_secs(3);
 const HOSTS: &str = "127.0.0.1 localhost\n";
@@ -226,7 +226,7 @@ fn traced<T>(session: &Session, options: &[&str], run: impl FnOnce(Command) -> T
     command.args(["-D", "-f", "-yy", "-o"]).arg(&trace).args(options).arg(s5().get_program());
     let result = run(command);
     let mut text = String::new();
-    wait_until("strace has written everything", TIMEOUT, || {
+    wait_until("strace has written everything", LIMIT, || {
         text = read_to_string(&trace).unwrap_or_default();
         ["+++ exited", "+++ killed"].iter().any(|end| text.lines().last().is_some_and(|line| line.contains(end)))
     });
@@ -257,7 +257,7 @@ fn server_lifetime(session: &Session) {
             session.run(&server.stderr_so_far(), s5());
         }
         let _ = kill_process(pid(server.pid()), Signal::TERM);
-        let (status, _, stderr) = server.output(TIMEOUT);
+        let (status, _, stderr) = server.output(LIMIT);
         (status.and_then(|status| status.code()), stderr)
     };
     let ((status, _), calls) = traced(session, &[], run);

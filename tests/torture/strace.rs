@@ -134,15 +134,19 @@ pub fn start_of_main(calls: &[Call]) -> usize {
     calls.iter().position(|call| call.text.starts_with("rt_sigaction(SIGUSR1")).unwrap_or_default()
 }
 
-/// Returns a fault for each call from `first` on and each of its errors.
+/// Returns a fault for each call from `first` on and each of its errors, unless the fault would also be injected into a call
+/// of another thread, or before `first`, that cannot fail so.
 pub fn faults(calls: &[Call], first: usize) -> BTreeSet<Fault> {
     let mut counts = BTreeMap::<_, usize>::new();
-    let mut faults = BTreeSet::new();
+    let mut errors_of = BTreeMap::<_, BTreeSet<&'static str>>::new();
     for (i, call) in calls.iter().enumerate() {
         let nth = counts.entry((&call.thread, &call.name)).or_default();
         *nth += 1;
-        let errors = call.errors().filter(|_| i >= first);
-        faults.extend(errors.map(|error| Fault { call: call.name.clone(), nth: *nth, error }));
+        let errors: BTreeSet<_> = call.errors().filter(|_| i >= first).collect();
+        errors_of.entry((&call.name, *nth)).or_insert(errors.clone()).retain(|error| errors.contains(error));
     }
-    faults
+    let faults = errors_of.into_iter().flat_map(|((call, nth), errors)| {
+        errors.into_iter().map(move |error| Fault { call: call.clone(), nth, error })
+    });
+    faults.collect()
 }
