@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use super::session_log::LOGFMT_TARGET;
+use super::log_shares::LOGFMT_TARGET;
 
 /// Further lines are lost. A line has about 250 bytes.
 const MAX_LINES: usize = 4096;

@@ -1,18 +1,21 @@
 //! Limits the lines of the log a second, those of one client and those about other matters, so that nobody can fill the disk
 //! or hide a line among others. The lines that are left out are counted, and at the end of the second a line has their number.
 
+use std::cell::Cell;
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::mem::take;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::Level;
 
-use super::session_log::LOGFMT_TARGET;
 use super::shares::ClientKey;
 use super::worker;
-use crate::net::sleep;
+use crate::net::sleep_until;
 
+/// Target of records in logfmt. The logger adds time and level as further fields.
+pub const LOGFMT_TARGET: &str = "s5::session";
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Clients that have a share of their own in an interval. Further ones have a share together.
 const MAX_CLIENTS: usize = 4096;
@@ -62,6 +65,14 @@ struct Shares {
     has_task: bool,
 }
 
+impl Shares {
+    /// Begins an interval. Returns the lines of the one before.
+    fn restart(&mut self, now: Instant) -> HashMap<Key, (u32, u32)> {
+        (self.since, self.has_task) = (now, false);
+        take(&mut self.lines)
+    }
+}
+
 fn shares() -> MutexGuard<'static, Shares> {
     static SHARES: LazyLock<Mutex<Shares>> =
         LazyLock::new(|| Mutex::new(Shares { since: Instant::now(), lines: HashMap::new(), has_task: false }));
@@ -75,37 +86,72 @@ pub(super) fn admit(topic: Topic, client: Option<ClientKey>) -> bool {
     }
     let mut shares = shares();
     let now = Instant::now();
-    if !shares.has_task && now >= shares.since + INTERVAL {
-        shares.lines.clear();
-        shares.since = now;
-    }
+    // The task may be late, or its worker may have ended.
+    let is_over = now >= shares.since + INTERVAL * if shares.has_task { 2 } else { 1 };
+    let ended = if is_over { shares.restart(now) } else { HashMap::new() };
     let has_room = shares.lines.len() < MAX_CLIENTS || shares.lines.contains_key(&(topic, client));
     let (logged, left_out) = shares.lines.entry((topic, client.filter(|_| has_room))).or_default();
-    if *logged < topic.limit() {
-        *logged += 1;
-        return true;
-    }
-    *left_out += 1;
+    let is_within = *logged < topic.limit();
+    *if is_within { logged } else { left_out } += 1;
     // When the workers end, `report` follows.
-    if !shares.has_task && !worker::is_ending() {
+    if !is_within && !shares.has_task && !worker::is_ending() {
         shares.has_task = true;
-        worker::spawn(async {
-            sleep(INTERVAL).await;
+        let end = shares.since + INTERVAL;
+        worker::spawn(async move {
+            sleep_until(end).await;
             report();
         });
     }
-    false
+    drop(shares);
+    log_left_out(ended);
+    is_within
 }
 
 /// Logs the numbers of lines that were left out, and begins the next interval.
 pub(super) fn report() {
-    let mut shares = shares();
-    let lines = take(&mut shares.lines);
-    (shares.since, shares.has_task) = (Instant::now(), false);
-    drop(shares);
+    let ended = shares().restart(Instant::now());
+    log_left_out(ended);
+}
+
+fn log_left_out(lines: HashMap<Key, (u32, u32)>) {
     for ((topic, client), (_, left_out)) in lines.into_iter().filter(|(_, (_, left_out))| *left_out > 0) {
         let from = client.map_or(String::new(), |client| format!(" from={client}"));
         let name = format!("{topic:?}").to_lowercase();
         log::log!(target: LOGFMT_TARGET, topic.level(), "msg=omitted topic={name}{from} lines={left_out}");
     }
+}
+
+thread_local! {
+    static CURRENT: Cell<Option<(u32, ClientKey)>> = const { Cell::new(None) };
+}
+
+/// Returns the `id=` of the session whose task runs on this thread, for records of modules that know no sessions.
+pub fn current_session() -> Option<u32> {
+    CURRENT.get().map(|(id, _)| id)
+}
+
+/// Returns whether the share of the client of [`current_session`] has room for a line.
+pub fn admits_detail() -> bool {
+    CURRENT.get().is_none_or(|(_, client)| admit(Topic::Step, Some(client)))
+}
+
+/// Runs the task of a session up to its tunnel, so that [`current_session`] returns its id.
+pub(super) fn in_session(
+    id: u32,
+    client: ClientKey,
+    task: impl Future<Output = ()> + 'static,
+) -> impl Future<Output = ()> {
+    struct Leave;
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            CURRENT.set(None);
+        }
+    }
+    // Boxed, because an async fn would store the task twice.
+    let mut task = Box::pin(task);
+    poll_fn(move |cx| {
+        CURRENT.set(Some((id, client)));
+        let _leave = Leave;
+        task.as_mut().poll(cx)
+    })
 }

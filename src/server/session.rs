@@ -10,9 +10,10 @@ use futures_lite::FutureExt as _;
 
 use super::dispatch::dispatch;
 use super::handshakes::HandshakeGuard;
+use super::log_shares::in_session;
 use super::passwords::Login;
 use super::reply::{SessionError, SessionResult};
-use super::session_log::{LOGIN_REFUSED, in_session};
+use super::session_log::LOGIN_REFUSED;
 use super::state::Session;
 use super::tunnel::Tunnel;
 use super::worker;
@@ -30,7 +31,7 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
         Ok(conn) => conn,
         Err(error) => return session.log.set_error(error),
     };
-    worker::spawn(in_session(session.log.id, async move {
+    worker::spawn(in_session(session.log.id, session.log.client_key(), async move {
         let mut handshake = Some(handshake);
         let result = match unless_ended(&handshake, session.log_in(&mut conn)).await {
             Ok(mut login) => {

@@ -6,7 +6,6 @@
 use std::ascii::escape_default;
 use std::cell::{Cell, OnceCell};
 use std::fmt::{self, Write as _};
-use std::future::poll_fn;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::num::NonZeroU16;
 use std::sync::LazyLock;
@@ -16,7 +15,7 @@ use std::time::{Duration, Instant};
 use log::Level;
 
 use super::counters::COUNTERS;
-use super::log_shares::{Topic, admit};
+use super::log_shares::{LOGFMT_TARGET, Topic, admit};
 use super::options::Hop;
 use super::shares::ClientKey;
 use super::worker;
@@ -24,8 +23,6 @@ use crate::net::{ByteCounts, DialError, canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, Rep};
 
-/// Target of records in logfmt. The logger adds time and level as further fields.
-pub const LOGFMT_TARGET: &str = "s5::session";
 /// Start of the error of a failed login. fail2ban filters match it.
 pub(super) const LOGIN_REFUSED: &str = "login refused";
 /// Length of the longest name in bytes, if it needs no escapes.
@@ -94,32 +91,6 @@ impl AddrPort {
         let ip = Ipv6Addr::from_bits(self.ip.to_bits() & !(u128::from(u32::MAX) << SCOPE_SHIFT));
         SocketAddrV6::new(ip, self.port.get(), 0, scope).into()
     }
-}
-
-thread_local! {
-    static CURRENT: Cell<Option<u32>> = const { Cell::new(None) };
-}
-
-/// Returns the `id=` of the session whose task runs on this thread, for records of modules that know no sessions.
-pub fn current_session() -> Option<u32> {
-    CURRENT.get()
-}
-
-/// Runs the task of a session up to its tunnel, so that [`current_session`] returns its id.
-pub(super) fn in_session(id: u32, task: impl Future<Output = ()> + 'static) -> impl Future<Output = ()> {
-    struct Leave;
-    impl Drop for Leave {
-        fn drop(&mut self) {
-            CURRENT.set(None);
-        }
-    }
-    // Boxed, because an async fn would store the task twice.
-    let mut task = Box::pin(task);
-    poll_fn(move |cx| {
-        CURRENT.set(Some(id));
-        let _leave = Leave;
-        task.as_mut().poll(cx)
-    })
 }
 
 /// Returns the time since the first call, in milliseconds.

@@ -3,7 +3,7 @@
 //! Lines about sessions are logfmt, also those of modules that know no sessions. The other lines have the form of simple_logger: time, level, module and text. The
 //! journal has its own times, so there each line begins with a priority instead.
 
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 use simple_logger::SimpleLogger;
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
@@ -11,7 +11,7 @@ use time::macros::format_description;
 
 use super::exit::{eprint_line, escape, plain_os_errors};
 use super::journal;
-use crate::server::{LOGFMT_TARGET, current_session, flush};
+use crate::server::{LOGFMT_TARGET, admits_detail, current_session, flush};
 
 const TIME_FORMAT: &[BorrowedFormatItem<'_>] =
     format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
@@ -33,7 +33,8 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.enabled(record.metadata()) {
+        let is_detail = record.level() >= Level::Debug && record.target() != LOGFMT_TARGET;
+        if self.enabled(record.metadata()) && (!is_detail || admits_detail()) {
             eprint_line(&escape(&line(record)));
         }
     }
