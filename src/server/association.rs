@@ -47,25 +47,19 @@ thread_local! {
 }
 
 pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
-    let (limiter, client_key) = (&session.server().limiter, session.log.client_key());
-    let _shares = (
-        limiter.associations.try_acquire(client_key).ok_or_else(|| limit_reached("--udp-ports"))?,
-        // For the sockets to targets or to the hop.
-        limiter.count_descriptors(client_key).ok_or_else(|| limit_reached("--max-connections"))?,
-    );
+    let _shares = session.server().limiter.admit_association(session.log.client_key())?;
     let egress = Egress { upstreams: open_only_route(session, control).await?, ..Egress::default() };
     let client = ClientSocket::bind(session, control, dst).await.map_err(SessionError::general_failure)?;
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
     session.reply_success(control, bnd.into(), || None).await?;
     let _guard = COUNTERS.count_association();
-    let name_cache = NameCache::new(session.dial_limits(), session.server().options.connect_timeout);
     let relay = AssociationRelay {
+        name_cache: NameCache::new(session.dial_limits(), session.server().options.connect_timeout),
         rate_limit: session.permit.rate_limit(),
         session,
         client,
         egress,
-        name_cache,
         reassembler: Reassembler::default(),
         drop_log: DropLog::default(),
         last_activity: Instant::now(),
@@ -74,10 +68,6 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
         session.log.set_error(error);
     }
     Ok(())
-}
-
-fn limit_reached(option: &str) -> SessionError {
-    SessionError::general_failure(format!("limit of associations reached, or of those of one client (see {option})"))
 }
 
 struct AssociationRelay<'a> {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::handshakes::Handshakes;
 use super::log_shares::{Topic, admit};
 use super::options::{Options, Quotas};
+use super::reply::{SessionError, SessionResult};
 use super::shares::{ClientKey, ShareGuard, Shares};
 use crate::net::{RateLimit, TokenBucket};
 use crate::proto::PortRange;
@@ -22,7 +23,7 @@ pub(super) struct Limiter {
     /// Listeners of BIND, at most one per port of `--bind-ports`.
     pub(super) bind_listeners: Shares,
     /// UDP associations, at most one per port of `--udp-ports`. All can share a single port.
-    pub(super) associations: Shares,
+    associations: Shares,
     users: Shares<Arc<User>>,
     quotas: Quotas,
 }
@@ -97,6 +98,18 @@ impl Limiter {
             warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)"));
         }
         admitted
+    }
+
+    /// Counts an association against its client, and its sockets to targets or to a hop.
+    pub(super) fn admit_association(&self, client: ClientKey) -> SessionResult<[ShareGuard; 2]> {
+        let reached = |option| {
+            let reason = format!("limit of associations reached, or of those of one client (see {option})");
+            SessionError::general_failure(reason)
+        };
+        Ok([
+            self.associations.try_acquire(client).ok_or_else(|| reached("--udp-ports"))?,
+            self.count_descriptors(client).ok_or_else(|| reached("--max-connections"))?,
+        ])
     }
 
     /// Counts two more descriptors of a session as one more session. `--max-per-client` is a number of sessions, and does not
