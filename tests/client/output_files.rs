@@ -1,12 +1,9 @@
 //! The files that s5 writes: `--address-file`, `--json=FILE` and the users file.
 
 use std::fs::{self, Permissions};
-use std::os::unix::fs::{PermissionsExt as _, chown, lchown, symlink};
-use std::path::Path;
+use std::os::unix::fs::{chown, lchown};
 
-use crate::support::scripted::{ScriptedServer, reply};
-use crate::support::{TIMEOUT, run, temp_dir};
-use crate::{Outcome, TARGET, assert_line, command, outcome_of};
+use crate::*;
 
 /// Writes a file with each option. Returns the outcomes.
 fn write_each(path: &Path) -> [Outcome; 3] {

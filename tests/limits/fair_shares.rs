@@ -1,6 +1,5 @@
 //! The share of one client address of each limited resource: one client cannot use up what the others need.
 
-use crate::support::login::{connect_from_ip, login_message, users_file};
 use crate::*;
 
 const ANY_V4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);

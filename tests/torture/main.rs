@@ -9,26 +9,16 @@ mod strace;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::collections::BTreeSet;
 use std::fs::read_to_string;
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::os::unix::process::ExitStatusExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::Command;
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use tempfile::TempDir;
 
 use crate::strace::{Call, Fault, faults, parse, start_of_main};
-use crate::support::bytes::poll_until;
-use crate::support::login::user_line;
-use crate::support::realm::Realm;
-use crate::support::scripted::RunningProgram;
-use crate::support::{
-    Server, TIMEOUT, V4, echo_server, in_namespace, is_installed, s5, temp_dir, udp_echo_server, wait_until, write_file,
-};
+use support::bytes::poll_until;
+use support::realm::Realm;
+use support::*;
 
 /// Fewest faults of one test. There are 16 tests, so `make torture` injects more than 300.
 const MIN_FAULTS: usize = 25;

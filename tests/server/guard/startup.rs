@@ -1,7 +1,7 @@
 //! Before the server starts: --show-rules, --explain, errors in rules, and the refusal to be an open relay.
 
 use super::tools::{Setup, alice_and_bob, only_alice};
-use crate::support::{self};
+use crate::support;
 use crate::*;
 
 /// Runs `s5 serve` with options that make it exit without serving.

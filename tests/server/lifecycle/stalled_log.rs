@@ -1,22 +1,12 @@
 //! Readers of stderr that stop reading, or are gone. They cost lines of the log, but neither a session nor a signal.
 
 use std::fs::File;
-use std::io::{Read, Write as _, pipe};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::process::Stdio;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::io::{Read, pipe};
 
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::{Signal, kill_process};
 
-use crate::support::programs::ProcessGroup;
-use crate::support::{
-    CONNECT, Server, TIMEOUT, closed_port, connect_from, ping, read_exact, read_reply, request, request_by_name, s5,
-    session_lines, steps, temp_dir, tunnel, wait_until, write_file,
-};
+use crate::*;
 
 /// More than fit into a pipe or the buffer of a socket, each with several lines.
 const SESSIONS: u16 = 1000;
