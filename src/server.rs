@@ -22,6 +22,8 @@ mod options;
 mod passwords;
 mod policy_handle;
 mod reply;
+mod run_as;
+mod sandbox;
 mod session;
 mod session_log;
 mod shared_ports;
@@ -43,6 +45,7 @@ use std::time::Duration;
 use async_signal::{Signal, Signals};
 use futures_lite::{FutureExt as _, StreamExt as _};
 use log::Level;
+use nix::sys::signal::{SigSet, Signal as Nix};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
@@ -63,6 +66,8 @@ pub use log_shares::{LOGFMT_TARGET, admits_detail, current_session};
 use logins::Logins;
 pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
+pub use run_as::RunAs;
+pub use sandbox::close_inherited_descriptors;
 use state::Server;
 use terminal::Terminal;
 use worker::{Worker, WorkerPool, WorkerReport};
@@ -101,9 +106,9 @@ pub type LoadConfiguration<'a> = dyn Fn() -> Result<Configuration, String> + 'a;
 /// Runs until SIGTERM, SIGINT or the end of the terminal, then drains. Reloads at each other SIGHUP. Blocks.
 pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -> Result<(), ServerError> {
     let terminal = Terminal::at_start();
-    // Before the server can be reached: until then, SIGHUP and SIGUSR1 end the process.
-    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
-    let signals = signals.map_err(ServerError::io("handle signals"))?;
+    // From the time that the server can be reached until it handles signals. Handling them starts a thread.
+    let waiting: SigSet = [Nix::SIGTERM, Nix::SIGINT, Nix::SIGHUP, Nix::SIGUSR1].into_iter().collect();
+    waiting.thread_block().map_err(|error| ServerError::io("block signals")(error.into()))?;
     let descriptors = raise_descriptor_limit();
     let (dial_shares, dial_descriptors) = DialShares::new(descriptors);
     let default_max_sessions = default_max_sessions(descriptors - dial_descriptors.min(descriptors));
@@ -121,11 +126,19 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
         return Err(ServerError::Config(error));
     }
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
+    let has_hop_passwords = options.hops.iter().flat_map(|hop| hop.proxies()).any(|proxy| proxy.credentials.is_some());
+    let is_restricted = options.sandbox;
+    // Before the first thread.
+    let log_sandbox = sandbox::enter(&options, policy.users.is_some() || has_hop_passwords);
+    let log_sandbox = log_sandbox.map_err(ServerError::io("switch to the user of --run-as"))?;
     // After this, a reader of stderr that stops reading stops neither sessions nor signals.
     log_queue::start().map_err(ServerError::io("start a thread for the log"))?;
     for addr in ipv6_only(&policy.listen_addrs) {
         log::info!("{addr} accepts IPv6 alone (for IPv4 too, use --listen *:{})", addr.port());
     }
+    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
+    let signals = signals.map_err(ServerError::io("handle signals"))?;
+    waiting.thread_unblock().map_err(|error| ServerError::io("unblock signals")(error.into()))?;
     let drain = options.drain_timeout;
     let relay_options = RelayOptions {
         idle_timeout: Some(options.idle_timeout),
@@ -149,12 +162,16 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
     for addr in addrs {
         log::info!("listening on {addr}");
     }
+    log_sandbox();
     // From now on, only the accept loops and the sessions keep the server alive.
     let server = Arc::downgrade(&{ server });
     let reload = async || {
         // Sessions can have all other descriptors.
         spare.take();
         let loaded = load();
+        if is_restricted {
+            sandbox::warn_unreadable_system_files();
+        }
         spare.replace(spare_descriptors(descriptors));
         reload(&server, loaded).await;
     };

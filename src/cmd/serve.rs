@@ -24,7 +24,7 @@ use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{DEFAULT_PORT, Method, PortRange, ProtectionLevel};
-use crate::server::{self, Filtering, Hop, ListenAddr, Options, Quotas, ServerError};
+use crate::server::{self, Filtering, Hop, ListenAddr, Options, Quotas, RunAs, ServerError};
 use hops::HopSources;
 use load::{PolicySources, RuleOption};
 
@@ -70,6 +70,15 @@ pub struct ServeArgs {
     /// number of worker threads [default: one per core]
     #[argh(option, arg_name = "N", from_str_fn(parse_nonzero))]
     threads: Option<u16>,
+
+    /// switch to this user once the server listens. USER is a user or USER:GROUP, by name or number. Without a group, the
+    /// server also gets the other groups of the user. The user has to be able to read the files of a reload, see SANDBOX.
+    #[argh(option, arg_name = "USER")]
+    run_as: Option<RunAs>,
+
+    /// do not restrict the process. See SANDBOX.
+    #[argh(switch)]
+    no_sandbox: bool,
 
     /// require a password; FILE has name:hash lines. See USERS FILE.
     #[argh(option, arg_name = "FILE")]
@@ -286,10 +295,13 @@ impl ServeArgs {
         let methods = self.accepted_methods()?;
         let sources = self.policy_sources(methods)?;
         let (policy, proxies) = sources.load()?;
+        if !self.no_sandbox {
+            server::close_inherited_descriptors();
+        }
         let hops = sources.hops.names().into_iter().zip(proxies).map(|(name, proxies)| Hop::new(name, proxies).into());
         let hops = hops.collect();
         let (request, show_rules) = (self.explain.take(), self.show_rules);
-        let options = self.options(&policy, hops)?;
+        let options = self.options(&policy, hops, sources.files().map(Into::into).collect())?;
         if show_rules {
             return explain::show(&policy, &options);
         }
@@ -349,7 +361,12 @@ impl ServeArgs {
         })
     }
 
-    fn options(self, policy: &Policy, hops: Vec<Arc<Hop>>) -> Result<Options, CliError> {
+    fn options(
+        self,
+        policy: &Policy,
+        hops: Vec<Arc<Hop>>,
+        mut reload_files: Vec<PathBuf>,
+    ) -> Result<Options, CliError> {
         let both = one_per_family("--advertise", self.advertise)?;
         let or_both = |own: Vec<IpAddr>| {
             let others = both.iter().filter(|ip| !own.iter().any(|own| own.is_ipv4() == ip.is_ipv4()));
@@ -368,6 +385,7 @@ impl ServeArgs {
             proxy_is_udp_relay: self.hop_udp_relay,
             ..ClientOptions::default()
         };
+        reload_files.extend(self.keytab.clone());
         let acceptor = policy.methods.contains(&Method::GSSAPI).then(|| {
             let default_levels = || vec![ProtectionLevel::Integrity, ProtectionLevel::Confidentiality];
             let levels = self.gssapi_protection.unwrap_or_else(default_levels);
@@ -399,6 +417,9 @@ impl ServeArgs {
             },
             allow_open_relay: self.allow_open_relay,
             keep_sessions: self.keep_sessions,
+            run_as: self.run_as,
+            sandbox: !self.no_sandbox,
+            reload_files,
         })
     }
 }

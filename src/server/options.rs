@@ -1,10 +1,12 @@
 //! Settings of a server. A reload changes none of them but the passwords of the hops.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use super::listen::ListenAddr;
+use super::run_as::RunAs;
 use crate::client::{ClientOptions, Proxy};
 use crate::gssapi::Acceptor;
 use crate::proto::PortRange;
@@ -50,6 +52,23 @@ pub struct Options {
     pub allow_open_relay: bool,
     /// Set to keep sessions that a reloaded policy would refuse.
     pub keep_sessions: bool,
+    /// User that the server becomes once it listens.
+    pub run_as: Option<RunAs>,
+    /// Set to restrict the process once it listens.
+    pub sandbox: bool,
+    /// Files of the command line that the server opens again.
+    pub reload_files: Vec<PathBuf>,
+}
+
+impl Options {
+    pub(super) fn uses_kerberos(&self) -> bool {
+        self.gssapi_acceptor.is_some() || self.uses_kerberos_tickets()
+    }
+
+    /// Returns true if the server may log in to hops with tickets.
+    pub(super) fn uses_kerberos_tickets(&self) -> bool {
+        !self.hops.is_empty() && self.hop_options.gssapi.is_some()
+    }
 }
 
 /// An upstream: a named chain of other SOCKS5 proxies.

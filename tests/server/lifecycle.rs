@@ -5,6 +5,7 @@ mod handshake;
 mod listen;
 mod log_lines;
 mod passwords;
+mod sandbox;
 mod session_log;
 mod shutdown;
 mod stalled_log;

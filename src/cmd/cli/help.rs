@@ -27,6 +27,9 @@ const GROUPS: [(&str, &str); 11] = [
     ("--verbose", "Logging"),
 ];
 
+/// Options that only the manual has, so that the help fits on two screens: they set one part of `--advertise`.
+const ONLY_IN_MANUAL: [&str; 2] = ["--advertise-bind", "--advertise-udp"];
+
 /// Returns the help of the program or of one of its modes.
 pub(crate) fn text(syntax: &Syntax) -> String {
     let mut out = format!("Usage: {}\n{}\n", syntax.usage(), syntax.description.trim());
@@ -37,7 +40,7 @@ pub(crate) fn text(syntax: &Syntax) -> String {
         }
     }
     let mut group = "";
-    for flag in syntax.options() {
+    for flag in syntax.options().filter(|flag| !ONLY_IN_MANUAL.contains(&flag.long)) {
         if let Some(heading) = heading(flag).filter(|heading| *heading != group) {
             let _ = writeln!(out, "{heading}");
             group = heading;

@@ -89,7 +89,8 @@ impl PolicySources {
         }
     }
 
-    fn files(&self) -> impl Iterator<Item = &Path> {
+    /// Returns the files that a reload reads.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
         [self.users.as_deref(), self.rules.as_deref(), self.hops.file()].into_iter().flatten()
     }
 

@@ -35,6 +35,8 @@ fn writes_of_a_session(journal_stream: impl FnOnce(u64, u64) -> String) -> Vec<S
     let log = DatagramLog::start(command.args(["serve", "-vv", "--listen", "127.0.0.1:0"]), journal_stream);
     let mut writes = vec![log.next()];
     let addr: SocketAddr = writes[0].trim().rsplit(' ').next().and_then(|addr| addr.parse().ok()).expect("an address");
+    let sandbox = log.next();
+    assert!(sandbox.contains("sandbox: "), "{sandbox}");
     let mut stream = greet_at(addr);
     stream.write_all(&request(CONNECT, closed_port())).expect("request sent");
     assert_eq!(read_reply(&mut stream).0, 5);

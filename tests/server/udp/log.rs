@@ -68,7 +68,8 @@ fn log_names_all_hops_of_an_association_in_lines_that_share_an_id() {
     let log = end(&server, association);
     assert!(session_lines(&log)[0].contains(" via=\"near,far,gone\" "), "{log}");
     assert!(steps(&log, "hop")[0].contains(" via=\"near,far,gone\" hop=\"gone\" "), "{log}");
-    let lines: Vec<&str> = log.lines().filter(|line| !line.contains(" listening on ")).collect();
+    let is_start = |line: &str| line.contains(" listening on ") || line.contains(" sandbox: ");
+    let lines: Vec<&str> = log.lines().filter(|line| !is_start(line)).collect();
     let is_of_session = |line: &str| line.starts_with("ts=") && line.contains(" msg=") && line.contains(" id=1 ");
     assert!(lines.iter().all(|line| is_of_session(line)), "{log}");
     assert!(log.contains(" id=1 module=s5::client text=\"proxy "), "{log}");

@@ -1,0 +1,124 @@
+//! What the process gives up once its listeners are bound: its user, its capabilities, inherited descriptors, files
+//! (Landlock) and system calls (seccomp).
+//!
+//! Most of this applies to the calling thread and to the threads that it starts later, so [`enter`] precedes all others.
+
+mod files;
+mod syscalls;
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::thread::{clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities};
+
+use super::options::Options;
+
+/// First descriptor that systemd passes with LISTEN_FDS, see sd_listen_fds(3).
+const LISTEN_FDS_START: usize = 3;
+/// O_CLOEXEC in the octal flags of proc_pid_fdinfo(5).
+const CLOEXEC_FLAG: u32 = 0o2_000_000;
+
+/// Closes inherited descriptors, except 0 to 2 and those of LISTEN_FDS. Call it after the files of the command line were
+/// read, which may be `/dev/fd/N`, and before libraries open files of their own.
+// Not close_range(2): s5 and its libraries set FD_CLOEXEC, so a descriptor without it was inherited.
+pub fn close_inherited_descriptors() {
+    let variable = |name| std::env::var(name).ok()?.parse::<usize>().ok();
+    let is_activated = variable("LISTEN_PID") == usize::try_from(std::process::id()).ok();
+    let passed = variable("LISTEN_FDS").filter(|_| is_activated).unwrap_or_default();
+    let is_inherited = |fd: &i32| {
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap_or_default();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok()).is_some_and(|flags| flags & CLOEXEC_FLAG == 0)
+    };
+    let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let open: Vec<i32> = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    let is_kept = |fd: &i32| usize::try_from(*fd).is_ok_and(|fd| fd < LISTEN_FDS_START + passed);
+    for fd in open.into_iter().filter(|fd| !is_kept(fd)).filter(is_inherited) {
+        let _ = nix::unistd::close(fd);
+    }
+}
+
+/// Switches to the user of `--run-as`, and restricts this process unless `--no-sandbox` is set. Returns a function that
+/// logs what is in force; a kernel that lacks a part gets the others. `has_passwords`: the memory of the process is to be
+/// kept from others.
+///
+/// # Errors
+/// The process cannot become the user.
+pub(super) fn enter(options: &Options, has_passwords: bool) -> io::Result<impl FnOnce() + use<>> {
+    let (mut in_force, mut missing) = (Vec::new(), Vec::new());
+    // Before the switch: removing from the bounding set and opening the files needs root.
+    let landlock = options.sandbox.then(|| files::ruleset(options));
+    if options.sandbox {
+        drop_bounding_set();
+    }
+    if let Some(to) = &options.run_as {
+        to.switch()?;
+        in_force.push(format!("user {to}"));
+    }
+    let mut add = |name: String, result: Result<(), String>| match result {
+        Ok(()) => in_force.push(name),
+        Err(error) => missing.push(format!("{name}: {error}")),
+    };
+    if let Some(landlock) = landlock {
+        let text = |error: rustix::io::Errno| error.to_string();
+        add("no capabilities".into(), drop_capabilities().map_err(text));
+        add("no_new_privs".into(), rustix::thread::set_no_new_privs(true).map_err(text));
+        if has_passwords {
+            add("not dumpable".into(), set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(text));
+        }
+        match landlock.and_then(files::restrict) {
+            Ok(version) => add(format!("Landlock ABI {version}"), Ok(())),
+            Err(error) => add("Landlock".into(), Err(error)),
+        }
+        // A server that replaces its binary at a signal will need execve(2) for that file, here and in Landlock.
+        add("seccomp".into(), syscalls::restrict(options.uses_kerberos_tickets()));
+    } else {
+        add("off".into(), Ok(()));
+    }
+    let reload_files = options.reload_files.clone();
+    Ok(move || {
+        let in_force = in_force.join(", ");
+        match missing.as_slice() {
+            [] => log::info!("sandbox: {in_force}"),
+            missing => log::warn!("sandbox: {in_force}; not in force: {}", missing.join(", ")),
+        }
+        warn_unreadable(&reload_files);
+    })
+}
+
+/// Logs which of these files this process may not open any more. A reload checks the system's files as well: Landlock
+/// allows root the files at the start, and not those that have replaced them since.
+pub(super) fn warn_unreadable(files: &[PathBuf]) {
+    let is_regular = |file: &&PathBuf| fs::metadata(file).is_ok_and(|metadata| metadata.is_file());
+    for file in files.iter().filter(is_regular) {
+        if let Err(error) = File::open(file).map(drop)
+            && error.kind() == io::ErrorKind::PermissionDenied
+        {
+            log::warn!("sandbox: {} cannot be read again: {error} (see SANDBOX in the manual)", file.display());
+        }
+    }
+}
+
+/// Logs which files of name resolution cannot be read any more.
+pub(super) fn warn_unreadable_system_files() {
+    warn_unreadable(&files::NAME_FILES.map(|name| Path::new("/etc").join(name)));
+}
+
+/// Fails silently without CAP_SETPCAP: then no_new_privs alone keeps exec from adding capabilities.
+fn drop_bounding_set() {
+    for bit in 0..u64::BITS {
+        let _ = remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit));
+    }
+}
+
+/// Drops the effective, permitted, inheritable and ambient capabilities. User 0 without capabilities opens files as any
+/// other user.
+fn drop_capabilities() -> rustix::io::Result<()> {
+    let none = CapabilitySet::empty();
+    // Fails on kernels without ambient capabilities. The next call empties the set too.
+    let _ = clear_ambient_capability_set();
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+}

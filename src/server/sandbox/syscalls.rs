@@ -1,0 +1,115 @@
+//! The system calls that the server may still make, enforced by seccomp. All others fail with EPERM.
+//!
+//! The kernel caches the answer for calls whose arguments are not checked (Linux 5.11): the filter does not run for them.
+
+use std::collections::BTreeMap;
+use std::env::consts::ARCH;
+
+use nix::libc;
+use seccompiler::SeccompCmpArgLen::Dword;
+use seccompiler::SeccompCmpOp::{self, Eq, MaskedEq};
+use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
+
+macro_rules! syscalls {
+    ($($name:ident)*) => { &[$(libc::$name),*] };
+}
+
+/// Calls that are allowed with any arguments. Landlock decides which files they open.
+const ALLOWED: &[i64] = syscalls![
+    // Sockets, pipes, events.
+    SYS_socketpair SYS_bind SYS_listen SYS_accept SYS_accept4 SYS_connect SYS_shutdown SYS_getsockname SYS_getpeername
+    SYS_getsockopt SYS_setsockopt SYS_sendto SYS_recvfrom SYS_sendmsg SYS_recvmsg SYS_sendmmsg SYS_recvmmsg
+    SYS_pipe2 SYS_splice SYS_tee SYS_vmsplice SYS_sendfile SYS_eventfd2 SYS_signalfd4 SYS_ppoll SYS_pselect6
+    SYS_epoll_create1 SYS_epoll_ctl SYS_epoll_pwait SYS_epoll_pwait2
+    SYS_timerfd_create SYS_timerfd_settime SYS_timerfd_gettime
+    // Files.
+    SYS_openat SYS_close SYS_read SYS_write SYS_readv SYS_writev SYS_pread64 SYS_pwrite64 SYS_lseek SYS_fcntl SYS_flock
+    SYS_dup SYS_dup3 SYS_fstat SYS_newfstatat SYS_statx SYS_statfs SYS_fstatfs SYS_faccessat SYS_faccessat2
+    SYS_readlinkat SYS_getdents64 SYS_getcwd SYS_unlinkat SYS_ftruncate SYS_fsync SYS_fdatasync SYS_umask
+    // Memory.
+    SYS_brk SYS_mmap SYS_munmap SYS_mremap SYS_mprotect SYS_madvise SYS_mincore
+    // Threads. `clone` and `clone3` are below.
+    SYS_futex SYS_set_robust_list SYS_get_robust_list SYS_rseq SYS_set_tid_address SYS_membarrier SYS_sched_yield
+    SYS_sched_getaffinity SYS_getcpu SYS_gettid SYS_exit SYS_exit_group
+    // Signals of this process to itself are below.
+    SYS_rt_sigaction SYS_rt_sigprocmask SYS_rt_sigreturn SYS_sigaltstack SYS_restart_syscall
+    // Time.
+    SYS_clock_gettime SYS_clock_getres SYS_clock_nanosleep SYS_nanosleep SYS_gettimeofday SYS_times
+    // Facts about this process and system.
+    SYS_getpid SYS_getppid SYS_getuid SYS_geteuid SYS_getgid SYS_getegid SYS_getresuid SYS_getresgid SYS_getgroups
+    SYS_getrusage SYS_getrandom SYS_uname SYS_sysinfo
+];
+
+/// Calls that newer architectures do not have.
+#[cfg(target_arch = "x86_64")]
+const ALLOWED_ON_ARCH: &[i64] = syscalls![
+    SYS_open SYS_stat SYS_lstat SYS_access SYS_readlink SYS_getdents SYS_unlink SYS_pipe SYS_dup2 SYS_poll SYS_select
+    SYS_epoll_wait SYS_eventfd SYS_time SYS_arch_prctl
+];
+#[cfg(not(target_arch = "x86_64"))]
+const ALLOWED_ON_ARCH: &[i64] = &[];
+
+/// Calls of Kerberos for tickets in the kernel's keyrings.
+const KEYRINGS: &[i64] = syscalls![SYS_keyctl SYS_add_key SYS_request_key];
+
+/// PR_SET_VMA, with which glibc and the allocator name their memory.
+const PR_SET_VMA: i32 = 0x5356_4d41;
+/// The bits of a socket's type without SOCK_CLOEXEC and SOCK_NONBLOCK.
+const SOCK_TYPE_MASK: u64 = 0xf;
+
+/// A condition on an argument: its index, the comparison, the value.
+type Condition = (u8, SeccompCmpOp, i32);
+
+/// Installs the filter for all threads of this process.
+pub(super) fn restrict(uses_keyrings: bool) -> Result<(), String> {
+    let keyrings = if uses_keyrings { KEYRINGS } else { &[] };
+    let any_args = [ALLOWED, ALLOWED_ON_ARCH, keyrings].concat().into_iter().map(|call| (call, Vec::new()));
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = any_args.collect();
+    for (call, conditions) in with_checked_args() {
+        let conditions = conditions
+            .into_iter()
+            .map(|(index, op, value)| SeccompCondition::new(index, Dword, op, u64::from(value.cast_unsigned())));
+        let rule = conditions.collect::<Result<Vec<_>, _>>().and_then(SeccompRule::new);
+        rules.entry(call).or_default().push(rule.map_err(|error| error.to_string())?);
+    }
+    // glibc does not fall back to clone(2), whose flags can be checked, unless clone3(2) fails with ENOSYS.
+    let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    rules.insert(libc::SYS_clone3, Vec::new());
+    install(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS.cast_unsigned()))?;
+    install(rules, SeccompAction::Errno(libc::EPERM.cast_unsigned()), SeccompAction::Allow)
+}
+
+/// Returns the calls that are allowed with certain arguments. A call with several entries is allowed if one matches.
+fn with_checked_args() -> Vec<(i64, Vec<Condition>)> {
+    let mut calls = vec![
+        // Threads, and no processes.
+        (libc::SYS_clone, vec![(0, MaskedEq(libc::CLONE_THREAD as u64), libc::CLONE_THREAD)]),
+        // Reading limits, and not setting them: the new limit is a null pointer.
+        (libc::SYS_prlimit64, vec![(2, Eq, 0)]),
+        (libc::SYS_prctl, vec![(0, Eq, libc::PR_SET_NAME)]),
+        (libc::SYS_prctl, vec![(0, Eq, PR_SET_VMA)]),
+        // abort(3) and raise(3).
+        (libc::SYS_tgkill, vec![(0, Eq, std::process::id().cast_signed())]),
+        // getaddrinfo(3) reads the addresses of this host.
+        (libc::SYS_socket, vec![(0, Eq, libc::AF_NETLINK), (2, Eq, libc::NETLINK_ROUTE)]),
+        (libc::SYS_socket, vec![(0, Eq, libc::AF_UNIX)]),
+    ];
+    let (stream, datagram) = (libc::SOCK_STREAM, libc::SOCK_DGRAM);
+    let sockets = [(stream, 0), (stream, libc::IPPROTO_TCP), (datagram, 0), (datagram, libc::IPPROTO_UDP)];
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        calls.extend(sockets.map(|(kind, protocol)| {
+            (libc::SYS_socket, vec![(0, Eq, family), (1, MaskedEq(SOCK_TYPE_MASK), kind), (2, Eq, protocol)])
+        }));
+    }
+    // Of these, TIOCSTI would type into the terminal.
+    let requests = [libc::FIONBIO, libc::FIONREAD, libc::TIOCOUTQ, libc::TCGETS, libc::SIOCGIFINDEX, libc::SIOCGIFNAME];
+    calls.extend(requests.map(|request| (libc::SYS_ioctl, vec![(1, Eq, request as i32)])));
+    calls
+}
+
+fn install(rules: BTreeMap<i64, Vec<SeccompRule>>, other: SeccompAction, listed: SeccompAction) -> Result<(), String> {
+    let arch = TargetArch::try_from(ARCH).map_err(|error| error.to_string())?;
+    let program = SeccompFilter::new(rules, other, listed, arch).and_then(BpfProgram::try_from);
+    let program = program.map_err(|error| error.to_string())?;
+    seccompiler::apply_filter_all_threads(&program).map_err(|error| error.to_string())
+}
