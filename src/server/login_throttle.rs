@@ -58,6 +58,8 @@ struct FailedLogins {
     names: Vec<u64>,
     /// The logins that wait, oldest first.
     waiting: Vec<WaitingLogin>,
+    /// Number of those in `waiting` that no longer wait.
+    left: usize,
 }
 
 struct WaitingLogin {
@@ -69,7 +71,7 @@ struct WaitingLogin {
 impl FailedLogins {
     fn new(now: Instant) -> Self {
         let (free, names, waiting) = (Vec::new(), Vec::new(), Vec::new());
-        Self { free, refusals: 0, delays: [now; MAX_DELAYED], next_turn: now, names, waiting }
+        Self { free, refusals: 0, delays: [now; MAX_DELAYED], next_turn: now, names, waiting, left: 0 }
     }
 
     fn is_expired(&self, now: Instant) -> bool {
@@ -89,12 +91,18 @@ impl FailedLogins {
         end
     }
 
+    fn remove_left(&mut self) {
+        self.left = 0;
+        self.waiting.retain(|login| !login.turns.is_closed());
+        self.waiting.shrink_to_fit();
+    }
+
     /// Performs the next turn if it is due. Returns the time of the one after it.
     fn take_turn(&mut self, now: Instant) -> Instant {
         if now < self.next_turn {
             return self.next_turn;
         }
-        self.waiting.retain(|login| !login.turns.is_closed());
+        self.remove_left();
         if self.waiting.is_empty() {
             return now;
         }
@@ -148,12 +156,22 @@ impl<K: Copy + Display + Eq + Hash> LoginThrottle<K> {
         now
     }
 
-    /// Lets a login wait. The caller drops the result to end that, and calls [`Self::take_turn`] meanwhile.
+    /// Lets a login wait. The caller drops the result to end that, and then calls [`Self::leave`]; meanwhile, it calls
+    /// [`Self::take_turn`].
     pub(super) fn wait(&mut self, client: K, name: &[u8], needs_hash: bool, now: Instant) -> Receiver<Turn> {
         let name = self.clients.hasher().hash_one(name);
         let (turns, receiver) = channel::bounded(2);
         self.failed_logins(client, now).waiting.push(WaitingLogin { name, needs_hash, turns });
         receiver
+    }
+
+    /// Frees the memory of a login that no longer waits: when it leaves, or once half of the logins of `client` have left.
+    pub(super) fn leave(&mut self, client: K) {
+        let Some(failed) = self.clients.get_mut(&client) else { return };
+        failed.left += 1;
+        if 2 * failed.left >= failed.waiting.len() {
+            failed.remove_left();
+        }
     }
 
     /// Performs the next turn of `client` if it is due. Returns the time of the next call.
@@ -187,5 +205,24 @@ impl<K: Copy + Display + Eq + Hash> LoginThrottle<K> {
             *failed = FailedLogins::new(now);
         }
         failed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logins_that_left_take_no_memory() {
+        let (mut throttle, now) = (LoginThrottle::default(), Instant::now());
+        (0..FREE_FAILURES).for_each(|_| assert_eq!(throttle.record_failure("client", now), now));
+        let mut logins: Vec<_> = (0..100).map(|_| throttle.wait("client", b"alice", true, now)).collect();
+        for left in 1..=100 {
+            logins.pop();
+            throttle.leave("client");
+            let waiting = throttle.clients.get("client").map(|failed| &failed.waiting);
+            assert!(waiting.is_some_and(|waiting| waiting.len() <= 2 * (100 - left)), "{left}");
+        }
+        assert!(throttle.clients.get("client").is_some_and(|failed| failed.waiting.capacity() == 0));
     }
 }

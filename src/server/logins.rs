@@ -93,6 +93,8 @@ impl Logins {
             on_refused();
         }
         let mut is_hashed = false;
+        // Dropped after `turns`.
+        let _leave = Leave(&self.throttle, client);
         let wait = |is_hashed: bool| lock(&self.throttle).wait(client, uname, is_known && !is_hashed, Instant::now());
         let mut turns = wait(is_hashed);
         loop {
@@ -157,6 +159,15 @@ impl Logins {
         };
         // If no thread can be started, this worker computes the hash: a right password is not refused.
         THREADS.run(hash.clone()).await.unwrap_or_else(|| hash(&mut HashMemory::default()))
+    }
+}
+
+/// Removes a login that has waited from the throttle, also if it is cancelled.
+struct Leave<'a>(&'a Mutex<LoginThrottle<ClientKey>>, ClientKey);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        lock(self.0).leave(self.1);
     }
 }
 

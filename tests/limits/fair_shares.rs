@@ -1,5 +1,7 @@
 //! The share of one client address of each limited resource: one client cannot use up what the others need.
 
+use std::os::unix::net::UnixStream;
+
 use crate::*;
 
 const ANY_V4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -28,6 +30,28 @@ fn one_client_has_three_quarters_of_the_sessions() {
         let mut other = greet_from(&server, OTHER);
         other.write_all(&request(CONNECT, dst)).expect("request sent");
         assert_eq!(read_reply(&mut other).0, 0);
+    }
+}
+
+#[test]
+fn clients_on_unix_sockets_are_one_client_but_not_for_max_per_client() {
+    let dir = temp_dir();
+    let path = dir.path().join("socket");
+    let open_on_unix_socket = |_: usize| {
+        let mut stream = UnixStream::connect(&path).expect("connected");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("option set");
+        let is_admitted = stream.write_all(&[5, 1, 0]).is_ok() && retry(|| stream.read_exact(&mut [0; 2])).is_ok();
+        let request = request(BIND, SocketAddr::new(ANY_V4, 0));
+        let is_open = is_admitted && stream.write_all(&request).is_ok() && stream.read_exact(&mut [0; 10]).is_ok();
+        is_open.then_some(stream)
+    };
+    let listen = format!("unix:{}", path.display());
+    for (args, count) in [(&[][..], 6), (&["--max-per-client", "1"], 7)] {
+        let server = serve("127.0.0.1:0", 2, &[&["--max-connections", "8", "--listen", &listen], args].concat());
+        let open: Vec<UnixStream> = (0..count).map_while(open_on_unix_socket).collect();
+        assert_eq!(open.len(), count, "{args:?}");
+        assert!(args.len() == 2 || open_on_unix_socket(7).is_none());
+        greet_from(&server, OTHER);
     }
 }
 
