@@ -30,8 +30,7 @@ pub use association::Association;
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
 pub use proxy::{Endpoint, Proxy, check_credentials, parse_hops};
 
-/// What handshakes with different proxies and targets have in common. User names and passwords are part of each
-/// [`Proxy`].
+/// Settings of all handshakes, with any proxy and target. User names and passwords are part of each [`Proxy`].
 #[derive(Clone, Debug, Default)]
 pub struct ClientOptions {
     /// Methods to offer to all proxies, in this order. `None`: `none`, plus each method for which there are credentials.

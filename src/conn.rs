@@ -272,7 +272,7 @@ impl Conn {
     }
 }
 
-/// Appends to a vector without room for more: nobody knows whether the rest of a message ever arrives.
+/// Appends to a vector without room for more: the rest of a message may never arrive.
 fn append_exactly(begun: &mut Vec<u8>, received: &[u8]) {
     begun.reserve_exact(received.len());
     begun.extend(received);

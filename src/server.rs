@@ -74,8 +74,8 @@ use worker::{Worker, WorkerPool, WorkerReport};
 
 /// Descriptors reserved for the listeners, the event loop, the log and the resolver; at most a quarter of all.
 const RESERVED_DESCRIPTORS: u64 = 64;
-/// Descriptors that a reload can use even if sessions have all others: those of a file, and more because sessions may take
-/// some of them at that moment.
+/// Descriptors that a reload can use even if sessions have all others. A reload needs one for each file in turn; the others
+/// are there because sessions may take some at that moment.
 const MAX_SPARE_DESCRIPTORS: u64 = 16;
 /// Descriptors of a session: the client's connection and the target's.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
@@ -131,10 +131,10 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
     // Before the first thread.
     let log_sandbox = sandbox::enter(&options, policy.users.is_some() || has_hop_passwords);
     let log_sandbox = log_sandbox.map_err(ServerError::io("switch to the user of --run-as"))?;
-    // After this, a reader of stderr that stops reading stops neither sessions nor signals.
+    // From now on, a reader of stderr that stops reading stops neither sessions nor signals.
     log_queue::start().map_err(ServerError::io("start a thread for the log"))?;
     for addr in ipv6_only(&policy.listen_addrs) {
-        log::info!("{addr} accepts IPv6 alone (for IPv4 too, use --listen *:{})", addr.port());
+        log::info!("{addr} accepts only IPv6 (for IPv4 too, use --listen *:{})", addr.port());
     }
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
     let signals = signals.map_err(ServerError::io("handle signals"))?;
@@ -225,7 +225,8 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
     Some(format!("hop {}: proxy {proxy} is this server itself (choose another)", hop.name))
 }
 
-/// Applies a configuration that was loaded again, and rechecks all sessions. Keeps the current one if the new one has an error.
+/// Applies a configuration that was loaded again, and rechecks all sessions. Keeps the current configuration if `loaded` is
+/// an error.
 async fn reload(server: &Weak<Server>, loaded: Result<Configuration, String>) {
     let Some(server) = server.upgrade() else { return };
     let old = server.policy.current();

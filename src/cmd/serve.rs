@@ -32,12 +32,12 @@ use load::{PolicySources, RuleOption};
 #[derive(FromArgs, ArgsInfo, Debug)]
 pub struct ServeArgs {
     /// listen here (repeatable) [default: 1080, loopback]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (127.0.0.1 and ::1),
-    /// *:PORT (all addresses) or unix:/PATH. 0.0.0.0:PORT accepts IPv4 alone, and \[::\]:PORT IPv6 alone. An address
+    /// *:PORT (all addresses) or unix:/PATH. 0.0.0.0:PORT accepts only IPv4, and \[::\]:PORT only IPv6. An address
     /// family that the host does not have is skipped. A link-local address has a zone, as in \[fe80::1%eth0\]:1080.
     /// With port 0 the kernel chooses the port, and s5 logs it. PORT can be the name of a service. A Unix socket that
-    /// no process uses is replaced; one in use is an error. Its file has the permissions of the umask. Its clients send
-    /// and receive datagrams at 127.0.0.1, where a port that they announce keeps others away. Addresses other
-    /// than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
+    /// no process uses is replaced; one in use is an error. The umask sets the permissions of its file. Its clients send
+    /// and receive datagrams at 127.0.0.1. If a client announces its port, datagrams from other ports are dropped.
+    /// Addresses other than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
 
@@ -71,12 +71,13 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "N", from_str_fn(parse_nonzero))]
     threads: Option<u16>,
 
-    /// switch to this user once the server listens. USER is a user or USER:GROUP, by name or number. Without a group, the
-    /// server also gets the other groups of the user. The user has to be able to read the files of a reload, see SANDBOX.
+    /// switch to this user once the server listens. USER is a user or USER:GROUP, by name or number. Without a group,
+    /// the server gets all groups of the user. For a reload, the user must be able to read the files of --users, --rules
+    /// and --proxy-auth-file, and at logins that of --keytab. Only root can use this option. See SANDBOX.
     #[argh(option, arg_name = "USER")]
     run_as: Option<RunAs>,
 
-    /// do not restrict the process. See SANDBOX.
+    /// do not restrict the process. The server keeps its privileges, but --run-as still applies. See SANDBOX.
     #[argh(switch)]
     no_sandbox: bool,
 
@@ -187,8 +188,8 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
     max_connections: Option<usize>,
 
-    /// limit sessions per client [default: 3/4 of all]. IPv6 clients are counted per /64. Connections above the
-    /// limit are closed at accept. The default is three quarters of --max-connections. See LIMITS AND ATTACKS.
+    /// limit sessions per client [default: 3/4 of all]. IPv6 clients are counted per /64. Connections above the limit
+    /// are closed at accept. The default is three quarters of --max-connections. See LIMITS AND ATTACKS.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
     max_per_client: Option<usize>,
 

@@ -1,4 +1,4 @@
-//! Shares of the lookups and of the connection attempts, for all commands, hops and datagrams.
+//! Limits the lookups and the connection attempts of each client, for all commands, hops and datagrams.
 
 use std::fmt;
 use std::pin::Pin;
@@ -48,7 +48,7 @@ impl DialLimits for DialShares {
             let guard = match self.lookups.try_acquire(self.client) {
                 Some(guard) => guard,
                 None => {
-                    warn(|| format!("client {}: too many lookups at once: more wait", self.client));
+                    warn(|| format!("client {}: limit of DNS lookups reached: further ones wait", self.client));
                     self.lookups.acquire(self.client).await
                 }
             };

@@ -1,5 +1,5 @@
-//! Memory of ended sessions. The allocator keeps free memory below any block that is in use, so that after many sessions
-//! most of theirs would stay with the process.
+//! Returns the memory of ended sessions to the kernel. The allocator keeps free memory below any block that is in use.
+//! Otherwise most memory of many sessions would stay with the process after their end.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::thread;
@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use crate::gssapi::ffi;
 
-/// Fewer sessions do not have enough memory for the effort.
+/// Minimum number of ended sessions. Fewer do not have enough memory to be worth the time.
 const MIN_ENDED: usize = 64;
-/// More sessions may end in this time. To return their memory can take milliseconds.
+/// Time from the end of a session to the return of memory: more sessions may end in it. The return can take milliseconds.
 const DELAY: Duration = Duration::from_secs(1);
 
 pub(super) static FREE_MEMORY: FreeMemory =

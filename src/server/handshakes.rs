@@ -1,5 +1,5 @@
-//! The unfinished handshakes: sessions from accept to their requests. At the limit, a newcomer ends the oldest handshake of
-//! the client that has most of them. So a flood from one client ends only its own.
+//! The unfinished handshakes: sessions from accept to their requests. At the limit, a new connection ends the oldest
+//! handshake of the client that has most of them. So a flood from one client ends only its own handshakes.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
@@ -33,7 +33,7 @@ pub(super) struct HandshakeGuard {
 }
 
 impl Handshakes {
-    /// One is always possible.
+    /// `limit` is the maximum number of unfinished handshakes; 0 is the same as 1.
     pub(super) fn new(limit: usize) -> Self {
         Self { limit: limit.max(1), unfinished: Arc::default() }
     }
@@ -45,7 +45,7 @@ impl Handshakes {
         HandshakeGuard { unfinished: self.unfinished.clone(), number }
     }
 
-    /// Ends a handshake if there are as many as possible.
+    /// Ends a handshake if the limit is reached.
     pub(super) fn make_room(&self) {
         let ended = lock(&self.unfinished).end_one_of(self.limit);
         ended.into_iter().for_each(Waker::wake);
@@ -65,7 +65,7 @@ impl Unfinished {
         number
     }
 
-    /// Ends a handshake if there are `limit`. Returns what wakes its task.
+    /// Ends a handshake if there are `limit`. Returns the waker of its task.
     fn end_one_of(&mut self, limit: usize) -> Option<Waker> {
         let (_, Reverse(number), _) = *self.ranks.last().filter(|_| self.handshakes.len() >= limit)?;
         self.remove(number)
@@ -91,7 +91,7 @@ impl Unfinished {
 }
 
 impl HandshakeGuard {
-    /// Waits until the handshake has to end for a newcomer.
+    /// Waits until the handshake has to end for a new connection.
     pub(super) async fn wait_ended(&self) {
         poll_fn(|cx| self.poll_ended(cx)).await;
     }

@@ -1,5 +1,5 @@
-//! Lines for stderr. A queue and a thread of its own let a stalled reader of stderr (a full pipe, a terminal after Ctrl-S)
-//! stop neither sessions nor signals: it costs lines, which are counted.
+//! Writes the lines for stderr on another thread. So a reader of stderr that has stopped (a full pipe, a terminal after
+//! Ctrl-S) stops neither sessions nor signals. Lines above the limit of the queue are lost and counted.
 
 use std::cell::Cell;
 use std::io;
@@ -15,10 +15,9 @@ use rustix::io::Errno;
 
 use super::log_shares::LOGFMT_TARGET;
 
-/// Further lines are lost. A line has about 250 bytes.
+/// Maximum number of lines in the queue. A line has about 250 bytes.
 const MAX_LINES: usize = 4096;
-/// Pause after the lines that a wake-up has found, so that a busy server wakes the thread 100 times a second and not for
-/// each line.
+/// Pause after each batch of lines, so that a busy server wakes the thread 100 times a second and not for each line.
 const PAUSE: Duration = Duration::from_millis(10);
 /// Time to write the queued lines at the exit.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -33,7 +32,7 @@ thread_local! {
     static IS_WRITER: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Writes a line to stderr: at once until the server runs, which may block, and then through the queue.
+/// Writes a line to stderr: through the queue while the server runs, otherwise directly, which may block.
 pub fn eprint_line(line: &str) {
     let line = format!("{line}\n");
     match QUEUE.get() {
@@ -44,7 +43,7 @@ pub fn eprint_line(line: &str) {
                 LOST.fetch_add(1, Ordering::Relaxed);
             }
         }
-        // Nobody else could be told about an error.
+        // There is no other place to report an error.
         _ => drop(write(&line)),
     }
 }

@@ -1,5 +1,5 @@
-//! Limits the lines of the log a second, those of one client and those about other matters, so that nobody can fill the disk
-//! or hide a line among others. The lines that are left out are counted, and at the end of the second a line has their number.
+//! Limits the lines of the log per second, for each client and topic. So a client can neither fill the disk nor hide a line
+//! among others. The lines that are left out are counted, and at the end of the second a line has their number.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ use crate::net::sleep_until;
 /// Target of records in logfmt. The logger adds time and level as further fields.
 pub const LOGFMT_TARGET: &str = "s5::session";
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Clients that have a share of their own in an interval. Further ones have a share together.
+/// Maximum number of clients that are counted separately in an interval. All further clients are counted together.
 const MAX_CLIENTS: usize = 4096;
 
 /// What a line is about.
@@ -25,13 +25,13 @@ const MAX_CLIENTS: usize = 4096;
 pub(super) enum Topic {
     /// A session that has ended.
     Session,
-    /// A failed login, for fail2ban. A share of its own, so that no client can hide its guesses among other sessions.
+    /// A failed login, for fail2ban. Counted separately, so that no client can hide its guesses among other sessions.
     Login,
-    /// A step of a session, or a connection of a client that wanted nothing.
+    /// A step of a session, or a connection without a request.
     Step,
     /// Connections that a rule has refused at accept.
     Refused,
-    /// A limit of the server, or an error that accept(2) may repeat.
+    /// A limit that was reached, or an error of accept(2), which may repeat.
     Warning,
 }
 
@@ -44,7 +44,7 @@ impl Topic {
         }
     }
 
-    /// Returns the lines in [`INTERVAL`], of each client or of all.
+    /// Maximum number of lines in [`INTERVAL`], of each client or of all.
     fn limit(self) -> u32 {
         match self {
             Self::Session | Self::Login => 20,

@@ -1,4 +1,4 @@
-//! Verifies passwords (RFC 1929), within the limits of each client address. Hashing runs on threads of its own.
+//! Verifies passwords (RFC 1929), within the limits of each client address. They are hashed on other threads.
 
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -11,9 +11,9 @@ use super::shares::{ClientKey, ShareGuard, Shares};
 use crate::net::{ThreadPool, sleep_until, timeout_at};
 use crate::policy::users::HashMemory;
 
-/// Maximum number of threads, also with more cores: with the hashes of `--add-user`, they take 152 MiB.
+/// Maximum number of threads, even with more cores: with the hashes of `--add-user`, they take 152 MiB.
 const MAX_THREADS: usize = 8;
-/// Hashes of one client at a time.
+/// Maximum number of hashes of one client at a time.
 const HASHES_PER_CLIENT: usize = 2;
 /// Memory of a hash in KiB above which only one is computed at a time: all take at most 1 GiB + 8 × 64 MiB.
 const LARGE_KIB: usize = 64 << 10;
@@ -29,14 +29,14 @@ fn max_threads() -> usize {
 /// The limits of logins, which outlive a reload.
 pub(super) struct Logins {
     pub(super) threads: Shares,
-    /// Of clients with failures. They use half of the threads, so that they delay no login of another client.
+    /// The threads that clients with failures may use: half of all, so that they do not delay the logins of other clients.
     suspects: Shares,
     large_hashes: Shares,
     throttle: Arc<Mutex<LoginThrottle<ClientKey>>>,
 }
 
 /// The policy with the password, or `None` if the login is refused.
-type Verdict = Option<Arc<PolicySnapshot>>;
+type LoginDecision = Option<Arc<PolicySnapshot>>;
 
 enum Hashed {
     Right(Arc<PolicySnapshot>),
@@ -67,7 +67,7 @@ impl Logins {
         login: Login,
         deadline: Instant,
         on_refused: impl Fn(),
-    ) -> Option<Verdict> {
+    ) -> Option<LoginDecision> {
         let current = policy.current();
         if current.passwords.contains(&login, true, Instant::now()) {
             return Some(Some(current));
@@ -86,7 +86,7 @@ impl Logins {
         }
     }
 
-    async fn verify_in_turn(&self, policy: &PolicyHandle, login: &Arc<Login>, on_refused: impl Fn()) -> Verdict {
+    async fn verify_in_turn(&self, policy: &PolicyHandle, login: &Arc<Login>, on_refused: impl Fn()) -> LoginDecision {
         let (client, uname) = (login.client, &login.credentials.uname);
         let is_known = policy.current().policy.users.as_ref().is_some_and(|users| users.contains(uname));
         if !is_known {

@@ -27,7 +27,8 @@ pub(super) struct Login {
 
 /// The passwords verified lately, by client address and user.
 pub(super) struct VerifiedPasswords {
-    /// Random key of the digests, which are useless outside of this process. `None` without random numbers: nothing is stored.
+    /// Random key of the digests, which are useless outside of this process. `None` without random numbers: then nothing
+    /// is stored.
     mac: Option<Blake2bMac512>,
     entries: Mutex<HashMap<(ClientKey, Vec<u8>), Verified>>,
 }
@@ -48,8 +49,8 @@ impl Default for VerifiedPasswords {
 }
 
 impl VerifiedPasswords {
-    /// Returns whether this password of this user was verified lately, from the same address. `is_free`: the comparison
-    /// takes no turn of the client, so their number is limited.
+    /// Returns whether this password of this user was verified lately, from the same address. `is_free`: the login has not
+    /// waited for a turn, so the number of wrong passwords is limited.
     pub(super) fn contains(&self, login: &Login, is_free: bool, now: Instant) -> bool {
         let mut entries = self.entries();
         let key = (login.client, login.credentials.uname.clone());

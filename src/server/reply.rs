@@ -57,7 +57,7 @@ impl SessionError {
         Self { reply: Vec::new(), rep: None, reason: reason.to_string(), topic: Topic::Session }
     }
 
-    /// Makes the log line one for a verbose server: the client has asked for nothing.
+    /// Sets the topic of the log line so that only a verbose server logs it: the client has sent no request.
     pub(super) fn quiet(self) -> Self {
         Self { topic: Topic::Step, ..self }
     }

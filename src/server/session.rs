@@ -69,7 +69,7 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
     }));
 }
 
-/// Runs `work`, which fails if the handshake has to end for a newcomer.
+/// Runs `work`. Returns an error if the handshake has to end for a new connection.
 async fn unless_ended<T>(
     handshake: &Option<HandshakeGuard>,
     work: impl Future<Output = SessionResult<T>>,
@@ -181,7 +181,7 @@ impl Session {
         self.policy = policy;
         self.log.method = Some(Method::PASSWORD);
         self.log.log_login();
-        // The wait for a turn does not count.
+        // The time of the verification, with the wait for a turn, does not count.
         let deadline = deadline + started.elapsed();
         let sent = timeout_at(deadline, conn.write_message(&LoginStatus::SUCCESS)).await;
         sent.ok_or_else(|| self.timed_out())?.map_err(SessionError::silent)?;

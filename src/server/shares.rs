@@ -1,7 +1,7 @@
-//! Shares of limited resources: how much of each the server uses at once, and how much of that one client may use.
+//! Limited resources that clients share: how much of each is used at once, by all clients and by one client.
 //!
-//! A client at its limit waits or is refused, and the others go on. Clients that wait take turns, so that many requests of
-//! one client do not delay a request of another one.
+//! A client at its limit waits or is refused; the other clients are not affected. Clients that wait take turns, so that many
+//! requests of one client do not delay a request of another one.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;

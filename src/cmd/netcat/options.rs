@@ -49,8 +49,8 @@ pub(crate) fn syntax(name: &'static str, description: &'static str, argument: &'
 pub struct ClientArgs {
     /// proxy or comma-separated chain (repeatable) [default: S5_PROXY, ALL_PROXY or 127.0.0.1:1080]. URL is
     /// \[socks5h://\]\[USER\[:PASSWORD\]@\]HOST\[:PORT\], \[USER\[:PASSWORD\]@\]unix:/PATH or socks5h://localhost/PATH.
-    /// socks5:// and socks:// are the same as socks5h://. Percent-encoding in user and password is decoded. A chain begins with the
-    /// nearest proxy. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
+    /// socks5:// and socks:// are the same as socks5h://. Percent-encoding in user and password is decoded. A chain
+    /// begins with the nearest proxy. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
     #[argh(option, short = 'x', arg_name = "URL")]
     pub(crate) proxy: Vec<String>,
 
@@ -151,8 +151,8 @@ pub struct ClientArgs {
     pub(crate) max_time: Option<Duration>,
 
     /// retry failed attempts for this long. The pause between attempts grows to 2s. Each attempt has the time limit of
-    /// --connect-timeout. s5 does not retry after a refused login, a server that is not SOCKS5, an unavailable local address,
-    /// or REP 2, 7 and 8. It retries if the proxy only closes the connection.
+    /// --connect-timeout. s5 does not retry after a refused login, a server that is not SOCKS5, an unavailable local
+    /// address, or REP 2, 7 and 8. It retries if the proxy only closes the connection.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
     pub(crate) retry: Option<Duration>,
 
@@ -224,8 +224,8 @@ pub struct ClientArgs {
     pub(crate) length_prefixed: bool,
 
     /// listen here and forward to the target. ADDR is an IP address, or * for all IPv4 addresses; the default is
-    /// 127.0.0.1. A link-local address has a zone, as in \[fe80::1%eth0\]:8080. Each TCP connection has its own tunnel, and each UDP peer its own association. s5 prints "listening
-    /// on ADDR:PORT" on stderr.
+    /// 127.0.0.1. A link-local address has a zone, as in \[fe80::1%eth0\]:8080. Each TCP connection has its own tunnel,
+    /// and each UDP peer its own association. s5 prints "listening on ADDR:PORT" on stderr.
     #[argh(option, short = 'l', arg_name = "[ADDR:]PORT", from_str_fn(parse_listen))]
     pub(crate) listen: Option<SocketAddr>,
 
@@ -251,8 +251,8 @@ pub struct ClientArgs {
     #[argh(switch)]
     pub(crate) quiet: bool,
 
-    /// print a JSON summary on stderr or write it to FILE. FILE can be fd:N. On stderr, it replaces all other lines except
-    /// those of -v. With -l, there is one for each tunnel or association. See JSON.
+    /// print a JSON summary on stderr or write it to FILE. FILE can be fd:N. On stderr, it replaces all other lines
+    /// except those of -v. With -l, there is one for each tunnel or association. See JSON.
     #[argh(option, arg_name = "FILE")]
     pub(crate) json: Option<String>,
 
@@ -293,7 +293,7 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
             if name.as_str() != "localhost" && !name.is_zoned_address() => {}
         Err(_) | Ok(ListenAddr::Unix(_)) => {}
         Ok(listen) => {
-            // Of two families, IPv4.
+            // If there are addresses of both families, the IPv4 address.
             let addr = listen.addrs().into_iter().min_by_key(SocketAddr::is_ipv6);
             return addr.ok_or_else(|| DialError::NoInterface.to_string());
         }

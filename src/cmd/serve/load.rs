@@ -142,7 +142,7 @@ pub(super) fn gssapi_acceptor(
     Acceptor::new(keytab, service, levels).map_err(|error| CliError::new(ExitStatus::USAGE, format!("{file}: {error}")))
 }
 
-/// Logs a warning if everybody can write the file, or replace it in one of the folders above it.
+/// Logs a warning if everybody can write the file, or replace it in one of the directories above it.
 fn warn_if_everybody_can_change(file: &Path) {
     let is_writable = |path: &&Path| {
         let mode = fs::metadata(path).map_or(0, |metadata| metadata.mode());

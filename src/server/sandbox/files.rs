@@ -18,7 +18,7 @@ const LANDLOCK_ABI: ABI = ABI::V7;
 
 /// Files in /etc that name resolution reads.
 pub(super) const NAME_FILES: [&str; 6] = ["hosts", "resolv.conf", "nsswitch.conf", "host.conf", "gai.conf", "services"];
-/// Files that glibc, Rust's standard library and the server itself read, and the folders of libraries.
+/// Files that glibc, Rust's standard library and the server itself read, and the directories of libraries.
 const SYSTEM_FILES: [&str; 15] = [
     "/etc/ld.so.cache",
     "/lib",
@@ -49,9 +49,9 @@ const KERBEROS_FILES: [&str; 7] = [
 /// Variables with files of Kerberos.
 const KERBEROS_VARIABLES: [&str; 5] =
     ["KRB5_CONFIG", "KRB5_KTNAME", "KRB5_CLIENT_KTNAME", "GSS_MECH_CONFIG", "S5_GSSAPI_LIBRARY"];
-/// Folder of the replay cache of a server, unless a variable names another one.
+/// Directory of the replay cache of a server, unless a variable names another one.
 const REPLAY_CACHE_DIR: &str = "/var/tmp";
-/// Folders that hold secrets of other programs too.
+/// Directories that hold secrets of other programs too.
 const SHARED_DIRS: [&str; 2] = ["/", "/etc"];
 
 /// Returns the rules for a server with these options. An error says why there are none.
@@ -84,12 +84,12 @@ fn allowed(options: &Options) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     let write = make_bitflags!(AccessFs::{WriteFile | Truncate});
     let mut all = Vec::new();
     let etc_files = NAME_FILES.map(|name| Path::new("/etc").join(name));
-    // A new /etc/resolv.conf is another file, and only the folder allows it. Root could read /etc/shadow there.
+    // A new /etc/resolv.conf is another file, and only a rule for the directory allows it. Root could read /etc/shadow there.
     let is_root = options.run_as.as_ref().map_or(rustix::process::geteuid().is_root(), RunAs::is_root);
     if !is_root {
         all.push((PathBuf::from("/etc"), read));
     }
-    // Most are links to a file in a folder of the program that replaces it.
+    // Most are links to a file in a directory of the program that replaces it.
     let linked = etc_files.iter().filter_map(|file| fs::canonicalize(file).ok()).filter_map(|file| dir_of(&file));
     all.extend(linked.filter(|dir| !is_shared(dir)).map(|dir| (dir, read)));
     all.extend(etc_files.into_iter().chain(SYSTEM_FILES.map(PathBuf::from)).map(|path| (path, read)));
@@ -121,13 +121,13 @@ fn allowed(options: &Options) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     all
 }
 
-/// Returns the folder of a file, and that of the file that it is a link to: a reload opens files by name.
+/// Returns the directory of a file, and that of the file that it is a link to: a reload opens files by name.
 fn readable_dirs(file: &Path) -> Vec<PathBuf> {
     let dirs: Vec<PathBuf> =
         fs::canonicalize(file).iter().map(PathBuf::as_path).chain([file]).filter_map(dir_of).collect();
     if let Some(dir) = dirs.iter().find(|dir| is_shared(dir)) {
         let (file, dir) = (file.display(), dir.display());
-        log::warn!("sandbox: all of {dir} is readable, to reload {file} (move it to a folder of its own)");
+        log::warn!("sandbox: all of {dir} is readable, to reload {file} (move the file to its own directory)");
     }
     dirs
 }

@@ -86,7 +86,7 @@ fn ipv6_wildcard_logs_that_it_accepts_no_ipv4() {
         (server.addr().port(), server.log())
     };
     let (port, log) = log_of("[::]:0", 1, &[]);
-    assert!(log.contains(&format!("[::]:{port} accepts IPv6 alone (for IPv4 too, use --listen *:{port})")), "{log}");
+    assert!(log.contains(&format!("[::]:{port} accepts only IPv6 (for IPv4 too, use --listen *:{port})")), "{log}");
     assert!(!log_of("*:0", 2, &[]).1.contains("IPv6 alone"));
     assert!(!log_of("[::1]:0", 1, &[]).1.contains("IPv6 alone"));
 }
