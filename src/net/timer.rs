@@ -1,11 +1,12 @@
 //! Timers of the event loop.
 
 use std::future::poll_fn;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use futures_lite::FutureExt as _;
+use pin_project_lite::pin_project;
 
 use super::reactor::{Due, Reactor, current};
 
@@ -67,11 +68,28 @@ pub async fn sleep(time: Duration) {
 }
 
 /// Runs `future` until `deadline`. Returns `None` if it does not complete in time.
-pub async fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> Option<T> {
-    let done = async { Some(future.await) };
-    let timeout = async {
-        sleep_until(deadline).await;
-        None
-    };
-    done.or(timeout).await
+pub fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> impl Future<Output = Option<T>> {
+    Timeout { future, timeout: sleep_until(deadline) }
+}
+
+pin_project! {
+    /// A struct, because an async block would have `future` twice: as its argument, and where it polls it.
+    struct Timeout<F, S> {
+        #[pin]
+        future: F,
+        #[pin]
+        timeout: S,
+    }
+}
+
+impl<F: Future, S: Future<Output = ()>> Future for Timeout<F, S> {
+    type Output = Option<F::Output>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        match this.future.poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            Poll::Pending => this.timeout.poll(cx).map(|()| None),
+        }
+    }
 }

@@ -64,7 +64,7 @@ impl Logins {
     pub(super) async fn verify(
         &self,
         policy: &PolicyHandle,
-        login: Login,
+        login: Arc<Login>,
         deadline: Instant,
         on_refused: impl Fn(),
     ) -> Option<LoginDecision> {
@@ -72,7 +72,6 @@ impl Logins {
         if current.passwords.contains(&login, true, Instant::now()) {
             return Some(Some(current));
         }
-        let login = Arc::new(login);
         match timeout_at(deadline, self.hash(policy, &login, false)).await? {
             Hashed::Right(policy) => Some(Some(policy)),
             Hashed::Wrong(end) => {
@@ -81,7 +80,9 @@ impl Logins {
                 Some(None)
             }
             Hashed::MustWait => {
-                timeout_at(Instant::now() + MAX_WAIT, self.verify_in_turn(policy, &login, on_refused)).await
+                // Boxed: most logins take no memory for it.
+                let verified = Box::pin(self.verify_in_turn(policy, &login, on_refused));
+                timeout_at(Instant::now() + MAX_WAIT, verified).await
             }
         }
     }

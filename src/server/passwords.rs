@@ -1,6 +1,7 @@
 //! Passwords that were verified lately. Their users log in at once, without a hash.
 
 use std::collections::HashMap;
+use std::hash::BuildHasher as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,8 @@ const CACHE_TIME: Duration = Duration::from_secs(600);
 /// would be free guesses for a program at the address of the user; further ones are hashed.
 const MAX_MISMATCHES: u32 = 60;
 const MISMATCH_INTERVAL: Duration = Duration::from_millis(100);
+/// Length of a stored digest.
+const DIGEST_LEN: usize = 16;
 /// Maximum number of entries. The oldest one is evicted first.
 const MAX_ENTRIES: usize = 16_384;
 
@@ -25,16 +28,17 @@ pub(super) struct Login {
     pub(super) credentials: Credentials,
 }
 
-/// The passwords verified lately, by client address and user.
+/// The passwords verified lately, by hash of client address and user. Small, because there are many.
 pub(super) struct VerifiedPasswords {
     /// Random key of the digests, which are useless outside of this process. `None` without random numbers: then nothing
     /// is stored.
     mac: Option<Blake2bMac512>,
-    entries: Mutex<HashMap<(ClientKey, Vec<u8>), Verified>>,
+    entries: Mutex<HashMap<u64, Verified>>,
 }
 
 struct Verified {
-    digest: [u8; 64],
+    /// Of client address, user and password, so that logins with the same hash are told apart.
+    digest: [u8; DIGEST_LEN],
     since: Instant,
     mismatches: u32,
     last_mismatch: Option<Instant>,
@@ -53,13 +57,13 @@ impl VerifiedPasswords {
     /// waited for a turn, so the number of wrong passwords is limited.
     pub(super) fn contains(&self, login: &Login, is_free: bool, now: Instant) -> bool {
         let mut entries = self.entries();
-        let key = (login.client, login.credentials.uname.clone());
+        let key = entries.hasher().hash_one((login.client, &login.credentials.uname));
         let Some(verified) = entries.get_mut(&key).filter(|verified| !verified.is_expired(now)) else { return false };
         let waits = |last| now.saturating_duration_since(last) < MISMATCH_INTERVAL;
         if is_free && (verified.mismatches >= MAX_MISMATCHES || verified.last_mismatch.is_some_and(waits)) {
             return false;
         }
-        let is_same = self.mac(login).is_some_and(|mac| mac.verify_slice(&verified.digest).is_ok());
+        let is_same = self.mac(login).is_some_and(|mac| mac.verify_truncated_left(&verified.digest).is_ok());
         if is_free && !is_same {
             verified.mismatches += 1;
             verified.last_mismatch = Some(now);
@@ -73,19 +77,23 @@ impl VerifiedPasswords {
         let mut entries = self.entries();
         if entries.len() >= MAX_ENTRIES {
             entries.retain(|_, verified| !verified.is_expired(now));
-            let oldest = entries.iter().min_by_key(|(_, verified)| verified.since).map(|(key, _)| key.clone());
+            let oldest = entries.iter().min_by_key(|(_, verified)| verified.since).map(|(key, _)| *key);
             oldest.filter(|_| entries.len() >= MAX_ENTRIES).map(|oldest| entries.remove(&oldest));
         }
-        let digest = mac.finalize().into_bytes().into();
-        let verified = Verified { digest, since: now, mismatches: 0, last_mismatch: None };
-        entries.insert((login.client, login.credentials.uname.clone()), verified);
+        let digest = mac.finalize().into_bytes();
+        let Some((digest, _)) = digest.split_first_chunk() else { return };
+        let verified = Verified { digest: *digest, since: now, mismatches: 0, last_mismatch: None };
+        let key = entries.hasher().hash_one((login.client, &login.credentials.uname));
+        entries.insert(key, verified);
     }
 
     fn mac(&self, login: &Login) -> Option<Blake2bMac512> {
-        Some(self.mac.clone()?.chain_update(&login.credentials.passwd))
+        let Credentials { uname, passwd } = &login.credentials;
+        let mac = self.mac.clone()?.chain_update(uname.len().to_ne_bytes()).chain_update(uname);
+        Some(mac.chain_update(passwd.len().to_ne_bytes()).chain_update(passwd).chain_update(login.client.to_string()))
     }
 
-    fn entries(&self) -> MutexGuard<'_, HashMap<(ClientKey, Vec<u8>), Verified>> {
+    fn entries(&self) -> MutexGuard<'_, HashMap<u64, Verified>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -4,6 +4,7 @@
 //! path replies exactly once.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::time::Instant;
 
 use futures_lite::FutureExt as _;
@@ -168,14 +169,14 @@ impl Session {
         deadline: Instant,
     ) -> SessionResult<Authenticated> {
         self.log.user = Some(Box::new(credentials.uname.clone().into()));
-        let (server, login, started) =
-            (self.server(), Login { client: self.log.client_key(), credentials }, Instant::now());
-        let verified = self.cancellable(conn, async {
+        let login = Arc::new(Login { client: self.log.client_key(), credentials });
+        let (server, started) = (self.server(), Instant::now());
+        let verify = async {
             let on_refused = || self.log.set_error(LOGIN_REFUSED);
             let verified = server.logins.verify(&server.policy, login, deadline, on_refused).await;
             verified.ok_or_else(|| self.timed_out())
-        });
-        let Some(policy) = verified.await? else {
+        };
+        let Some(policy) = self.cancellable(conn, verify).await? else {
             return Err(SessionError::with_message(&LoginStatus::FAILURE, LOGIN_REFUSED));
         };
         self.policy = policy;

@@ -3,7 +3,7 @@
 //! A client at its limit waits or is refused; the other clients are not affected. Clients that wait take turns, so that many
 //! requests of one client do not delay a request of another one.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -66,7 +66,7 @@ struct ClientUsage<K: Eq + Hash + Clone> {
     /// Key in `Usage::turns`.
     turn: u64,
     /// Requests that wait, oldest first.
-    waiting: BTreeMap<u64, Sender<ShareGuard<K>>>,
+    waiting: VecDeque<(u64, Sender<ShareGuard<K>>)>,
 }
 
 /// One use of a resource, until it is dropped.
@@ -121,7 +121,7 @@ impl<K: Eq + Hash + Clone> Usage<K> {
     }
 
     fn entry(&mut self, client: &Option<K>) -> &mut ClientUsage<K> {
-        let unused = || ClientUsage { in_use: 0, turn: 0, waiting: BTreeMap::new() };
+        let unused = || ClientUsage { in_use: 0, turn: 0, waiting: VecDeque::new() };
         self.clients.entry(client.clone()).or_insert_with(unused)
     }
 
@@ -148,7 +148,7 @@ impl<K: Eq + Hash + Clone> Usage<K> {
         let number = self.next_number();
         let entry = self.entry(client);
         let is_first = entry.waiting.is_empty();
-        entry.waiting.insert(number, sender);
+        entry.waiting.push_back((number, sender));
         if is_first {
             entry.turn = number;
             self.turns.insert(number, client.clone());
@@ -166,7 +166,7 @@ impl<K: Eq + Hash + Clone> Usage<K> {
         self.try_use(&next);
         let number = self.next_number();
         let entry = self.entry(&next);
-        let (_, sender) = entry.waiting.pop_first()?;
+        let (_, sender) = entry.waiting.pop_front()?;
         // The next turn of the client is after those of all others.
         let turn = std::mem::replace(&mut entry.turn, number);
         self.turns.remove(&turn);
@@ -220,7 +220,7 @@ impl<K: Eq + Hash + Clone> Drop for PlaceInQueue<'_, K> {
     fn drop(&mut self) {
         let mut usage = self.shares.usage();
         if let Some(entry) = usage.clients.get_mut(self.client) {
-            entry.waiting.remove(&self.number);
+            entry.waiting.retain(|(number, _)| *number != self.number);
         }
         usage.update(self.client);
     }
