@@ -2,6 +2,7 @@
 
 use super::log_shares::Topic;
 use super::policy_handle::Denial;
+use super::session_log::MAX_NAME_LEN;
 use crate::client::{ClientError, ClientErrorKind};
 use crate::net::DialError;
 use crate::proto::{Addr, Host, Message, Rep, Reply};
@@ -39,7 +40,9 @@ impl SessionError {
     }
 
     /// Forwards the REP of an upstream proxy; its other errors are general failures.
-    pub(super) fn from_upstream(error: ClientError) -> Self {
+    pub(super) fn from_upstream(mut error: ClientError) -> Self {
+        // The field `to` of the line has its start.
+        error.target.take_if(|target| target.escape_debug().count() > MAX_NAME_LEN);
         let rep = match error.kind {
             ClientErrorKind::Rep(rep) => rep,
             ClientErrorKind::NoPeer(_) => Rep::TTL_EXPIRED,

@@ -26,7 +26,7 @@ use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, Rep};
 /// Start of the error of a failed login. fail2ban filters match it.
 pub(super) const LOGIN_REFUSED: &str = "login refused";
 /// Length of the longest name in bytes, if it needs no escapes.
-const MAX_NAME_LEN: usize = 255;
+pub(super) const MAX_NAME_LEN: usize = 255;
 
 /// Filled in during the session; writes the log line on drop. Kept small, because every tunnel has one.
 #[derive(Debug)]

@@ -122,4 +122,8 @@ fn escaped_names_are_cut_at_255_characters_and_followed_by_their_length() {
         server.wait_log(|log| log.contains(&format!(" to=\"{expected}:80\" ")));
     }
     server.wait_log(|log| log.contains(&format!(" user=\"{}...(255 bytes)\" ", "\\xff".repeat(63))));
+    let via = Server::start(&["--via", &format!("socks5://{}", closed_port())]);
+    open_by_name(&via, CONNECT, &"\u{202e}".repeat(85), 80);
+    let log = via.wait_log(|log| log.contains("connection refused"));
+    assert!(log.lines().all(|line| line.len() < 600), "{log}");
 }
