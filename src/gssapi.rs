@@ -136,8 +136,8 @@ impl Acceptor {
     }
 }
 
-/// Reads the requested level, and sends that level if it is allowed, else the strongest allowed level. Both are wrapped, or
-/// both are one byte (NEC's variant).
+/// Reads the requested level, and sends that level if it is allowed, else the strongest allowed level. Both are
+/// wrapped, or both are one byte (NEC's variant).
 async fn negotiate_level(
     conn: &mut Conn,
     mut context: GssContext,

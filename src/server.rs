@@ -74,8 +74,8 @@ use worker::{Worker, WorkerPool, WorkerReport};
 
 /// Descriptors reserved for the listeners, the event loop, the log and the resolver; at most a quarter of all.
 const RESERVED_DESCRIPTORS: u64 = 64;
-/// Descriptors that a reload can use even if sessions have all others. A reload needs one for each file in turn; the others
-/// are there because sessions may take some at that moment.
+/// Descriptors that a reload can use even if sessions have all others. A reload needs one for each file in turn; the
+/// others are there because sessions may take some at that moment.
 const MAX_SPARE_DESCRIPTORS: u64 = 16;
 /// Descriptors of a session: the client's connection and the target's.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
@@ -225,8 +225,8 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
     Some(format!("hop {}: proxy {proxy} is this server itself (choose another)", hop.name))
 }
 
-/// Applies a configuration that was loaded again, and rechecks all sessions. Keeps the current configuration if `loaded` is
-/// an error.
+/// Applies a configuration that was loaded again, and rechecks all sessions. Keeps the current configuration if
+/// `loaded` is an error.
 async fn reload(server: &Weak<Server>, loaded: Result<Configuration, String>) {
     let Some(server) = server.upgrade() else { return };
     let old = server.policy.current();

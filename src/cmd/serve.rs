@@ -35,8 +35,8 @@ pub struct ServeArgs {
     /// *:PORT (all addresses) or unix:/PATH. 0.0.0.0:PORT accepts only IPv4, and \[::\]:PORT only IPv6. An address
     /// family that the host does not have is skipped. A link-local address has a zone, as in \[fe80::1%eth0\]:1080.
     /// With port 0 the kernel chooses the port, and s5 logs it. PORT can be the name of a service. A Unix socket that
-    /// no process uses is replaced; one in use is an error. The umask sets the permissions of its file. Its clients send
-    /// and receive datagrams at 127.0.0.1. If a client announces its port, datagrams from other ports are dropped.
+    /// no process uses is replaced; one in use is an error. The umask sets the permissions of its file. Its clients
+    /// send and receive datagrams at 127.0.0.1. If a client announces its port, datagrams from other ports are dropped.
     /// Addresses other than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
@@ -72,8 +72,8 @@ pub struct ServeArgs {
     threads: Option<u16>,
 
     /// switch to this user once the server listens. USER is a user or USER:GROUP, by name or number. Without a group,
-    /// the server gets all groups of the user. For a reload, the user must be able to read the files of --users, --rules
-    /// and --proxy-auth-file, and at logins that of --keytab. Only root can use this option. See SANDBOX.
+    /// the server gets all groups of the user. For a reload, the user must be able to read the files of --users,
+    /// --rules and --proxy-auth-file, and at logins that of --keytab. Only root can use this option. See SANDBOX.
     #[argh(option, arg_name = "USER")]
     run_as: Option<RunAs>,
 

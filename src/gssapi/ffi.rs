@@ -122,8 +122,8 @@ fn open_library(name: OsString) -> LibraryResult<Api> {
     Api::load(library).map_err(|error| format!("{name} {error}"))
 }
 
-/// Returns the free memory of the allocator to the kernel, if it is that of glibc. It is here because only this file may
-/// have unsafe code.
+/// Returns the free memory of the allocator to the kernel, if it is that of glibc. It is here because only this file
+/// may have unsafe code.
 pub fn release_free_memory() {
     type MallocTrim = extern "C" fn(pad: usize) -> c_int;
     // SAFETY: the type is that of malloc_trim(3), which has no preconditions.

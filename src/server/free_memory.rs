@@ -9,7 +9,8 @@ use crate::gssapi::ffi;
 
 /// Minimum number of ended sessions. Fewer do not have enough memory to be worth the time.
 const MIN_ENDED: usize = 64;
-/// Time from the end of a session to the return of memory: more sessions may end in it. The return can take milliseconds.
+/// Time from the end of a session to the return of memory: more sessions may end in it. The return can take
+/// milliseconds.
 const DELAY: Duration = Duration::from_secs(1);
 
 pub(super) static FREE_MEMORY: FreeMemory =

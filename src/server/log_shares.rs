@@ -1,5 +1,5 @@
-//! Limits the lines of the log per second, for each client and topic. So a client can neither fill the disk nor hide a line
-//! among others. The lines that are left out are counted, and at the end of the second a line has their number.
+//! Limits the lines of the log per second, for each client and topic. So a client can neither fill the disk nor hide a
+//! line among others. The lines that are left out are counted, and at the end of the second a line has their number.
 
 use std::cell::Cell;
 use std::collections::HashMap;

@@ -1,8 +1,8 @@
 //! Slows down password guessing, and refuses no right password. The time is an argument.
 //!
-//! After five failures of a client within a minute, its logins wait for turns. At each turn, one password is hashed. The
-//! user names take turns, and the newest login of a name is first. So even many other logins delay a right password by
-//! only one turn, unless they have the same name.
+//! After five failures of a client within a minute, its logins wait for turns. At each turn, one password is hashed.
+//! The user names take turns, and the newest login of a name is first. So even many other logins delay a right password
+//! by only one turn, unless they have the same name.
 //!
 //! Refusals must not show which names are known. An unknown name takes the turn of no other name, and is refused like a
 //! known one: at a turn, the newest login that was hashed or needs no hash is refused, after a delay.

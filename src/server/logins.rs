@@ -29,7 +29,8 @@ fn max_threads() -> usize {
 /// The limits of logins, which outlive a reload.
 pub(super) struct Logins {
     pub(super) threads: Shares,
-    /// The threads that clients with failures may use: half of all, so that they do not delay the logins of other clients.
+    /// The threads that clients with failures may use: half of all, so that they do not delay the logins of other
+    /// clients.
     suspects: Shares,
     large_hashes: Shares,
     throttle: Arc<Mutex<LoginThrottle<ClientKey>>>,

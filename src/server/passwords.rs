@@ -30,8 +30,8 @@ pub(super) struct Login {
 
 /// The passwords verified lately, by hash of client address and user. Small, because there are many.
 pub(super) struct VerifiedPasswords {
-    /// Random key of the digests, which are useless outside of this process. `None` without random numbers: then nothing
-    /// is stored.
+    /// Random key of the digests, which are useless outside of this process. `None` without random numbers: then
+    /// nothing is stored.
     mac: Option<Blake2bMac512>,
     entries: Mutex<HashMap<u64, Verified>>,
 }
@@ -53,8 +53,8 @@ impl Default for VerifiedPasswords {
 }
 
 impl VerifiedPasswords {
-    /// Returns whether this password of this user was verified lately, from the same address. `is_free`: the login has not
-    /// waited for a turn, so the number of wrong passwords is limited.
+    /// Returns whether this password of this user was verified lately, from the same address. `is_free`: the login has
+    /// not waited for a turn, so the number of wrong passwords is limited.
     pub(super) fn contains(&self, login: &Login, is_free: bool, now: Instant) -> bool {
         let mut entries = self.entries();
         let key = entries.hasher().hash_one((login.client, &login.credentials.uname));

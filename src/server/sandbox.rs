@@ -42,8 +42,8 @@ pub fn close_inherited_descriptors() {
 }
 
 /// Switches to the user of `--run-as`, and restricts this process unless `--no-sandbox` is set. Returns a function that
-/// logs what is in force. If the kernel lacks a part, the other parts are in force. `has_passwords`: other processes must
-/// not read the memory of this one.
+/// logs what is in force. If the kernel lacks a part, the other parts are in force. `has_passwords`: other processes
+/// must not read the memory of this one.
 ///
 /// # Errors
 /// The process cannot become the user.

@@ -1,7 +1,7 @@
 //! Limited resources that clients share: how much of each is used at once, by all clients and by one client.
 //!
-//! A client at its limit waits or is refused; the other clients are not affected. Clients that wait take turns, so that many
-//! requests of one client do not delay a request of another one.
+//! A client at its limit waits or is refused; the other clients are not affected. Clients that wait take turns, so that
+//! many requests of one client do not delay a request of another one.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;

@@ -1,8 +1,8 @@
 //! The log: each record is one line on stderr.
 //!
-//! Lines about sessions are logfmt, also messages of other modules while they work for a session. The other lines have the
-//! form of simple_logger: time, level, module and text. The journal has its own times, so there each line begins with a
-//! priority instead.
+//! Lines about sessions are logfmt, also messages of other modules while they work for a session. The other lines have
+//! the form of simple_logger: time, level, module and text. The journal has its own times, so there each line begins
+//! with a priority instead.
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use simple_logger::SimpleLogger;
@@ -17,8 +17,8 @@ use crate::server::{LOGFMT_TARGET, admits_detail, current_session, flush};
 const TIME_FORMAT: &[BorrowedFormatItem<'_>] =
     format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
 
-/// Writes the records that the levels of `SimpleLogger` allow. `SimpleLogger` itself would block while stderr is not read.
-/// It writes a line in two parts, between which another process can write, and panics if stderr is closed.
+/// Writes the records that the levels of `SimpleLogger` allow. `SimpleLogger` itself would block while stderr is not
+/// read. It writes a line in two parts, between which another process can write, and panics if stderr is closed.
 pub struct Logger(SimpleLogger);
 
 impl Logger {

@@ -84,7 +84,8 @@ fn allowed(options: &Options) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     let write = make_bitflags!(AccessFs::{WriteFile | Truncate});
     let mut all = Vec::new();
     let etc_files = NAME_FILES.map(|name| Path::new("/etc").join(name));
-    // A new /etc/resolv.conf is another file, and only a rule for the directory allows it. Root could read /etc/shadow there.
+    // A new /etc/resolv.conf is another file, and only a rule for the directory allows it. Root could read /etc/shadow
+    // there.
     let is_root = options.run_as.as_ref().map_or(rustix::process::geteuid().is_root(), RunAs::is_root);
     if !is_root {
         all.push((PathBuf::from("/etc"), read));
