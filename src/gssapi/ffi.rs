@@ -8,7 +8,7 @@
 #![allow(unsafe_code, reason = "calls a C library; the public items are safe")]
 #![warn(clippy::undocumented_unsafe_blocks)]
 
-use std::ffi::{CStr, CString, OsString, c_int, c_ulong, c_void};
+use std::ffi::{CStr, CString, OsString, c_int, c_void};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -16,28 +16,20 @@ use std::ptr::{null, null_mut};
 use std::sync::{Arc, OnceLock};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use nix::libc;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use super::layout::{
     ERROR_MASK, GSS_C_ACCEPT, GSS_C_GSS_CODE, GSS_C_INDEFINITE, GSS_C_INITIATE, GSS_C_MECH_CODE, GssBuffer,
-    HOSTBASED_SERVICE_OID, KRB5_OID, KRB5_PRINCIPAL_OID, KeyValueElement, KeyValueSet, Oid, OidSet, check_complete,
-    error_text, is_acceptor_token, one_line, token_order,
+    HOSTBASED_SERVICE_OID, KRB5_OID, KRB5_PRINCIPAL_OID, KeyValueElement, KeyValueSet, Kind, LIBRARY_ENV_VAR,
+    LIBRARY_NAMES, Oid, OidSet, check_acceptor_token, check_complete, check_name, error_text, one_line, token_order,
+    with_path,
 };
 pub use super::layout::{
     GSS_C_ANON_FLAG, GSS_C_CONF_FLAG, GSS_C_INTEG_FLAG, GSS_C_MUTUAL_FLAG, GSS_C_REPLAY_FLAG, GSS_C_SEQUENCE_FLAG,
 };
 use crate::conn::{SecurityContext, TokenOrder, Unwrapped};
 use crate::proto::MAX_TOKEN_LEN;
-
-/// The libraries of MIT and Heimdal. The first one that is installed is used.
-const LIBRARY_NAMES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
-/// Environment variable for tests: the absolute path of the only library to open. Ignored by a process with more
-/// privileges than its caller, by capabilities of the file or set-user-ID.
-const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
-const AT_SECURE: c_ulong = 23;
-
-unsafe extern "C" {
-    safe fn getauxval(kind: c_ulong) -> c_ulong;
-}
 
 // SAFETY: an Oid points to constants.
 unsafe impl Sync for Oid {}
@@ -101,7 +93,9 @@ functions! {
 /// Returns the library. Opens it at the first call.
 fn api() -> LibraryResult<&'static Api> {
     static API: OnceLock<LibraryResult<Api>> = OnceLock::new();
-    let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR).filter(|_| getauxval(AT_SECURE) == 0) {
+    // SAFETY: getauxval(3) has no preconditions.
+    let is_secure = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
+    let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR).filter(|_| !is_secure) {
         Some(path) if Path::new(&path).is_absolute() => open_library(path),
         Some(path) => Err(format!("{LIBRARY_ENV_VAR} is not an absolute path: {}", path.display())),
         None => {
@@ -125,11 +119,36 @@ fn open_library(name: OsString) -> LibraryResult<Api> {
 /// Returns the free memory of the allocator to the kernel, if it is that of glibc. It is here because only this file
 /// may have unsafe code.
 pub fn release_free_memory() {
-    type MallocTrim = extern "C" fn(pad: usize) -> c_int;
     // SAFETY: the type is that of malloc_trim(3), which has no preconditions.
-    if let Ok(malloc_trim) = unsafe { Library::this().get::<MallocTrim>(b"malloc_trim\0") } {
+    if let Ok(malloc_trim) = unsafe { Library::this().get::<extern "C" fn(usize) -> c_int>(b"malloc_trim\0") } {
         malloc_trim(0);
     }
+}
+
+/// Lets system calls that a seccomp filter answers with SIGSYS fail with EPERM. `report` gets their numbers, and may do
+/// what signal-safety(7) allows. Not of GSSAPI either.
+pub fn fail_trapped_calls(report: fn(i64)) -> nix::Result<()> {
+    static REPORT: OnceLock<fn(i64)> = OnceLock::new();
+    extern "C" fn at_signal(_: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+        // SAFETY: the kernel passes both, and they are this function's until it returns.
+        let (code, context) = unsafe { ((*info).si_code, &mut *context.cast::<libc::ucontext_t>()) };
+        #[cfg(target_arch = "x86_64")]
+        let (registers, call, result) =
+            (&mut context.uc_mcontext.gregs, libc::REG_RAX as usize, libc::REG_RAX as usize);
+        #[cfg(target_arch = "aarch64")]
+        let (registers, call, result) = (&mut context.uc_mcontext.regs, 8, 0);
+        #[cfg(target_arch = "riscv64")]
+        let (registers, call, result) = (&mut context.uc_mcontext.__gregs, 17, 10);
+        // SYS_SECCOMP. kill(2) can send the signal at any time.
+        if code == 1 {
+            REPORT.get().inspect(|report| report(registers[call] as i64));
+            registers[result] = i64::from(-libc::EPERM) as _;
+        }
+    }
+    let _ = REPORT.set(report);
+    let action = SigAction::new(SigHandler::SigAction(at_signal), SaFlags::SA_ONSTACK, SigSet::empty());
+    // SAFETY: the handler accesses its arguments and a constant, and `report` does what a handler may do.
+    unsafe { sigaction(Signal::SIGSYS, &action) }.map(drop)
 }
 
 /// Checks that a GSSAPI library can be loaded. The error names the package to install.
@@ -200,13 +219,6 @@ impl Api {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Credential,
-    Name,
-    Context,
-}
-
 /// An object of the library, or null until a call has created it. `Debug` shows no addresses.
 struct Object {
     api: &'static Api,
@@ -224,10 +236,7 @@ impl Object {
 
     /// Imports `service@host`, or a Kerberos principal, which contains a `/`.
     fn import_name(text: &str) -> LibraryResult<Self> {
-        // The libraries cut off a name at a NUL byte, and accept an empty name.
-        if text.is_empty() || text.contains('\0') {
-            return Err("name is empty or contains a NUL byte".into());
-        }
+        check_name(text)?;
         let kind = if text.contains('/') { &KRB5_PRINCIPAL_OID } else { &HOSTBASED_SERVICE_OID };
         let (mut name, text) = (Self::new(Kind::Name)?, GssBuffer::borrowed(text.as_bytes()));
         // SAFETY: all pointers are to locals or constants.
@@ -300,8 +309,8 @@ impl Credential {
             })?;
             return Ok(Self(credential));
         };
-        let acquire_from = api.gss_acquire_cred_from;
-        let acquire_from = acquire_from.ok_or_else(|| format!("this GSSAPI library does not support a {setting}"))?;
+        let unsupported = || format!("this GSSAPI library does not support a {setting}");
+        let acquire_from = api.gss_acquire_cred_from.ok_or_else(unsupported)?;
         let value = CString::new([b"FILE:", path.as_os_str().as_bytes()].concat());
         let value = value.map_err(|_| "path contains a NUL byte")?;
         let entry = KeyValueElement { key: key.as_ptr(), value: value.as_ptr() };
@@ -310,9 +319,7 @@ impl Credential {
         let acquired = api.call(|minor| unsafe {
             acquire_from(minor, name, time, &mechanisms, usage, &key_values, handle, no_set, no_time)
         });
-        let path = one_line(&path.to_string_lossy());
-        let with_path = |error: String| if error.contains(&path) { error } else { format!("{error} ({path})") };
-        acquired.map(|()| Self(credential)).map_err(with_path)
+        acquired.map(|()| Self(credential)).map_err(|error| with_path(error, path))
     }
 
     /// Accepts a context with the only token of an initiator. Ignores a delegated credential.
@@ -368,11 +375,8 @@ impl PendingContext {
 
     /// Establishes the context with the only token of the acceptor.
     pub fn complete(mut self, token: &[u8]) -> LibraryResult<GssContext> {
-        if !is_acceptor_token(token) {
-            return Err("not the answer of a Kerberos acceptor".into());
-        }
-        let (major, _) = self.init(Some(token))?;
-        check_complete(major)?;
+        check_acceptor_token(token)?;
+        check_complete(self.init(Some(token))?.0)?;
         Ok(self.context)
     }
 
@@ -412,10 +416,7 @@ impl SecurityContext for GssContext {
         let (_, token) = api.call_with_output(|minor, output| unsafe {
             (api.gss_wrap)(minor, handle, should_encrypt.into(), 0, &data, &mut is_encrypted, output)
         })?;
-        if should_encrypt && is_encrypted == 0 {
-            return Err("the security context can't encrypt".into());
-        }
-        Ok(token)
+        if should_encrypt && is_encrypted == 0 { Err("the security context can't encrypt".into()) } else { Ok(token) }
     }
 
     /// Heimdal's library rejects messages out of order. MIT's returns them; this function rejects those without data.

@@ -3,9 +3,16 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::marker::PhantomData;
+use std::path::Path;
 use std::ptr::null_mut;
 
 use crate::conn::TokenOrder;
+
+/// The libraries of MIT and Heimdal. The first one that is installed is used.
+pub(super) const LIBRARY_NAMES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
+/// Environment variable for tests: the absolute path of the only library to open. Ignored by a process with more
+/// privileges than its caller, by capabilities of the file or set-user-ID.
+pub(super) const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
 
 /// A major status is an error if one of these bits is set. The others are supplementary bits.
 pub(super) const ERROR_MASK: u32 = 0xFFFF_0000;
@@ -56,6 +63,14 @@ impl<'a> GssBuffer<'a> {
     pub(super) fn borrowed_mut(bytes: &'a mut [u8]) -> Self {
         Self { length: bytes.len(), value: bytes.as_mut_ptr().cast(), borrow: PhantomData }
     }
+}
+
+/// Types of objects of the library.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    Credential,
+    Name,
+    Context,
 }
 
 /// `gss_OID_desc`.
@@ -114,16 +129,23 @@ pub(super) fn check_complete(major: u32) -> Result<(), String> {
     if major & GSS_S_CONTINUE_NEEDED == 0 { Ok(()) } else { Err("more than one token is required".into()) }
 }
 
-/// Returns whether a token is a framed AP-REP or KRB-ERROR (RFC 2743 section 3.1, RFC 4121 section 4.1). For other
-/// tokens, Heimdal 7.8 dereferences an uninitialized pointer.
-pub(super) fn is_acceptor_token(token: &[u8]) -> bool {
+/// The libraries cut off a name at a NUL byte, and accept an empty name.
+pub(super) fn check_name(text: &str) -> Result<(), String> {
+    let is_valid = !text.is_empty() && !text.contains('\0');
+    if is_valid { Ok(()) } else { Err("name is empty or contains a NUL byte".into()) }
+}
+
+/// Accepts a framed AP-REP or KRB-ERROR (RFC 2743 section 3.1, RFC 4121 section 4.1). For other tokens, Heimdal 7.8
+/// dereferences an uninitialized pointer.
+pub(super) fn check_acceptor_token(token: &[u8]) -> Result<(), String> {
     let (length, body) = match token {
         [0x60, 0x82, high, low, body @ ..] => (u16::from_be_bytes([*high, *low]).into(), body),
         [0x60, 0x81, length, body @ ..] | [0x60, length @ ..=0x7F, body @ ..] => (usize::from(*length), body),
-        _ => return false,
+        _ => (0, token),
     };
     let message = body.strip_prefix(b"\x06\x09").and_then(|body| body.strip_prefix(KRB5_OID_BYTES));
-    body.len() == length && message.is_some_and(|message| matches!(message, [2 | 3, 0, ..]))
+    let is_valid = body.len() == length && message.is_some_and(|message| matches!(message, [2 | 3, 0, ..]));
+    if is_valid { Ok(()) } else { Err("not the answer of a Kerberos acceptor".into()) }
 }
 
 /// Combines the library's texts for a major and a minor status, which the caller has made [`one_line`].
@@ -135,6 +157,12 @@ pub(super) fn error_text(major: u32, major_text: String, minor: u32, minor_text:
         _ if major == GSS_S_FAILURE && !minor_text.is_empty() => minor_text,
         _ => format!("{major_text}: {minor_text}"),
     }
+}
+
+/// Adds the path of a file to an error that does not contain it.
+pub(super) fn with_path(error: String, path: &Path) -> String {
+    let path = one_line(&path.to_string_lossy());
+    if error.contains(&path) { error } else { format!("{error} ({path})") }
 }
 
 /// Replaces each run of white space and control characters by one space. The text can contain input from a peer.

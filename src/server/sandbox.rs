@@ -48,7 +48,7 @@ pub fn close_inherited_descriptors() {
 /// # Errors
 /// The process cannot become the user.
 pub(super) fn enter(options: &Options, has_passwords: bool) -> io::Result<impl FnOnce() + use<>> {
-    let (mut in_force, mut missing) = (Vec::new(), Vec::new());
+    let (mut in_force, mut missing, mut refusals) = (Vec::new(), Vec::new(), None);
     // Before the switch: removing from the bounding set and opening the files needs root.
     let landlock = options.sandbox.then(|| files::ruleset(options));
     if options.sandbox {
@@ -74,7 +74,8 @@ pub(super) fn enter(options: &Options, has_passwords: bool) -> io::Result<impl F
             Err(error) => add("Landlock".into(), Err(error)),
         }
         // A server that replaces its binary at a signal will need execve(2) for that file, here and in Landlock.
-        add("seccomp".into(), syscalls::restrict(options.uses_kerberos_tickets()));
+        let restricted = syscalls::restrict(options.uses_kerberos_tickets());
+        add("seccomp".into(), restricted.map(|pipe| refusals = Some(pipe)));
     } else {
         add("off".into(), Ok(()));
     }
@@ -86,6 +87,7 @@ pub(super) fn enter(options: &Options, has_passwords: bool) -> io::Result<impl F
             missing => log::warn!("sandbox: {in_force}; not in force: {}", missing.join(", ")),
         }
         warn_unreadable(&reload_files);
+        refusals.map(syscalls::log_refusals);
     })
 }
 

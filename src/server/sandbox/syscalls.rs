@@ -1,14 +1,24 @@
-//! The system calls that the server may still make, enforced by seccomp. All others fail with EPERM.
+//! The system calls that the server may still make, enforced by seccomp. All others fail with EPERM, and the first refusal
+//! of each is logged.
+//!
+//! The kernel reports them with SIGSYS. With a user notification, code in this process could allow its own calls.
 //!
 //! The kernel caches the answer for calls whose arguments are not checked (Linux 5.11): the filter does not run for them.
 
 use std::collections::BTreeMap;
 use std::env::consts::ARCH;
+use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
 
 use nix::libc;
+use nix::sys::signal::{SigSet, Signal};
 use seccompiler::SeccompCmpArgLen::Dword;
 use seccompiler::SeccompCmpOp::{self, Eq, MaskedEq};
 use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
+
+use crate::gssapi::ffi;
 
 macro_rules! syscalls {
     ($($name:ident)*) => { &[$(libc::$name),*] };
@@ -60,8 +70,18 @@ const SOCK_TYPE_MASK: u64 = 0xf;
 /// A condition on an argument: its index, the comparison, the value.
 type Condition = (u8, SeccompCmpOp, i32);
 
-/// Installs the filter for all threads of this process.
-pub(super) fn restrict(uses_keyrings: bool) -> Result<(), String> {
+/// The numbers of the calls that were refused already. Others are not logged.
+static REFUSED: [AtomicBool; 1024] = [const { AtomicBool::new(false) }; 1024];
+/// Takes these numbers from the signal handler to the log. It has space for all of them.
+static REFUSALS: OnceLock<PipeWriter> = OnceLock::new();
+
+/// Installs the filter for all threads of this process. Returns the refusals for [`log_refusals`].
+pub(super) fn restrict(uses_keyrings: bool) -> Result<PipeReader, String> {
+    let (refusals, writer) = io::pipe().map_err(|error| error.to_string())?;
+    REFUSALS.get_or_init(|| writer);
+    // The parent process can have blocked the signal.
+    let signal = [Signal::SIGSYS].into_iter().collect::<SigSet>().thread_unblock();
+    signal.and_then(|()| ffi::fail_trapped_calls(report)).map_err(|error| error.to_string())?;
     let keyrings = if uses_keyrings { KEYRINGS } else { &[] };
     let any_args = [ALLOWED, ALLOWED_ON_ARCH, keyrings].concat().into_iter().map(|call| (call, Vec::new()));
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = any_args.collect();
@@ -76,7 +96,41 @@ pub(super) fn restrict(uses_keyrings: bool) -> Result<(), String> {
     let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     rules.insert(libc::SYS_clone3, Vec::new());
     install(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS.cast_unsigned()))?;
-    install(rules, SeccompAction::Errno(libc::EPERM.cast_unsigned()), SeccompAction::Allow)
+    // posix_spawn(3) blocks all signals. A blocked SIGSYS would end the process.
+    let spawn = SeccompCondition::new(0, Dword, MaskedEq(libc::CLONE_VFORK as u64), libc::CLONE_VFORK as u64);
+    let spawn = spawn.and_then(|spawn| SeccompRule::new(vec![spawn])).map_err(|error| error.to_string())?;
+    // An allowed call has the answer of the other filter.
+    rules.entry(libc::SYS_clone).or_default().push(spawn.clone());
+    let spawn = BTreeMap::from([(libc::SYS_clone, vec![spawn])]);
+    install(spawn, SeccompAction::Allow, SeccompAction::Errno(libc::EPERM.cast_unsigned()))?;
+    install(rules, SeccompAction::Trap, SeccompAction::Allow)?;
+    Ok(refusals)
+}
+
+/// Runs in a signal handler.
+fn report(call: i64) {
+    let refused = usize::try_from(call).ok().and_then(|call| REFUSED.get(call));
+    if refused.is_some_and(|refused| !refused.swap(true, Relaxed))
+        && let Some(mut refusals) = REFUSALS.get()
+    {
+        let _ = refusals.write(&call.to_ne_bytes());
+    }
+}
+
+/// Starts a thread that logs the first refusal of each system call.
+pub(super) fn log_refusals(mut refusals: PipeReader) {
+    let run = move || {
+        let mut call = [0; 8];
+        while refusals.read_exact(&mut call).is_ok() {
+            let call = i64::from_ne_bytes(call);
+            log::warn!(
+                "sandbox: system call {call} refused (see ausyscall(8) for its name, and SANDBOX in the manual)"
+            );
+        }
+    };
+    if let Err(error) = thread::Builder::new().name("s5-sandbox".into()).spawn(run) {
+        log::warn!("sandbox: refused system calls are not logged: {error}");
+    }
 }
 
 /// Returns the calls that are allowed with certain arguments. A call with several entries is allowed if one matches.

@@ -60,11 +60,24 @@ fn code_inside_of_the_server_cannot_open_files_execute_trace_or_use_raw_sockets(
         if !sandbox_line(&server).ends_with("Landlock ABI 7, seccomp") {
             return record_skip("the kernel lacks a part of the sandbox");
         }
-        let refused = ["exec", "fork", "ptrace", "raw", "packet", "setuid", "kill", "dumpable", "type"];
+        let refused = ["exec", "fork", "ptrace", "raw", "packet", "setuid", "kill", "dumpable", "type", "spawn"];
         let files = ["shadow", "secret", "overwrite", "create", "remove"];
         let expected = refused.map(|name| (name, EPERM)).into_iter().chain(files.map(|name| (name, EACCES)));
         let expected = expected.chain([("read", OK), ("stream", OK)]).map(|(name, errno)| (name.to_owned(), errno));
         assert_eq!(probes, expected.collect(), "{args:?}");
+        // The library asks twice for raw sockets, and spawns a process with all signals blocked.
+        let calls = [
+            nix::libc::SYS_execve,
+            nix::libc::SYS_clone,
+            nix::libc::SYS_ptrace,
+            nix::libc::SYS_socket,
+            nix::libc::SYS_kill,
+        ];
+        for call in calls {
+            let line = format!("sandbox: system call {call} refused");
+            let log = server.wait_log(|log| log.contains(&line));
+            assert_eq!(log.matches(&line).count(), 1, "{log}");
+        }
     }
     // The probes find what is not restricted. Without the sandbox, `exec` would replace the server.
     assert!(fs::exists(&users).expect("checked") && !fs::exists("/tmp/s5-probe").expect("checked"));
