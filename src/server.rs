@@ -122,7 +122,8 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
     }
     policy.listen_addrs = listeners.iter().filter_map(Listener::addr).collect();
     policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
-    if let Some(error) = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options)) {
+    let error = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options));
+    if let Some(error) = error.or_else(|| sandbox::check_ports(&options)) {
         return Err(ServerError::Config(error));
     }
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();

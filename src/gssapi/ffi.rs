@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use nix::libc;
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal as Nix, sigaction};
 
 use super::layout::{
     ERROR_MASK, GSS_C_ACCEPT, GSS_C_GSS_CODE, GSS_C_INDEFINITE, GSS_C_INITIATE, GSS_C_MECH_CODE, GssBuffer,
@@ -35,6 +35,7 @@ use crate::proto::MAX_TOKEN_LEN;
 unsafe impl Sync for Oid {}
 
 type LibraryResult<T> = Result<T, String>;
+type OutputResult = LibraryResult<(u32, Vec<u8>)>;
 /// Pointer to a credential, name or context of the library.
 type Handle = *mut c_void;
 
@@ -131,24 +132,24 @@ pub fn fail_trapped_calls(report: fn(i64)) -> nix::Result<()> {
     static REPORT: OnceLock<fn(i64)> = OnceLock::new();
     extern "C" fn at_signal(_: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
         // SAFETY: the kernel passes both, and they are this function's until it returns.
-        let (code, context) = unsafe { ((*info).si_code, &mut *context.cast::<libc::ucontext_t>()) };
+        let (code, context) = unsafe { ((*info).si_code, &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext) };
         #[cfg(target_arch = "x86_64")]
-        let (registers, call, result) =
-            (&mut context.uc_mcontext.gregs, libc::REG_RAX as usize, libc::REG_RAX as usize);
+        let (registers, call, result) = (&mut context.gregs, libc::REG_RAX as usize, libc::REG_RAX as usize);
         #[cfg(target_arch = "aarch64")]
-        let (registers, call, result) = (&mut context.uc_mcontext.regs, 8, 0);
+        let (registers, call, result) = (&mut context.regs, 8, 0);
         #[cfg(target_arch = "riscv64")]
-        let (registers, call, result) = (&mut context.uc_mcontext.__gregs, 17, 10);
+        let (registers, call, result) = (&mut context.__gregs, 17, 10);
         // SYS_SECCOMP. kill(2) can send the signal at any time.
-        if code == 1 {
-            REPORT.get().inspect(|report| report(registers[call] as i64));
-            registers[result] = i64::from(-libc::EPERM) as _;
+        let call = registers.get(call).copied().filter(|_| code == 1);
+        if let (Some(call), Some(result)) = (call, registers.get_mut(result)) {
+            *result = i64::from(-libc::EPERM) as _;
+            REPORT.get().inspect(|report| report(call as _));
         }
     }
     let _ = REPORT.set(report);
     let action = SigAction::new(SigHandler::SigAction(at_signal), SaFlags::SA_ONSTACK, SigSet::empty());
     // SAFETY: the handler accesses its arguments and a constant, and `report` does what a handler may do.
-    unsafe { sigaction(Signal::SIGSYS, &action) }.map(drop)
+    unsafe { sigaction(Nix::SIGSYS, &action) }.map(drop)
 }
 
 /// Checks that a GSSAPI library can be loaded. The error names the package to install.
@@ -164,10 +165,7 @@ impl Api {
     }
 
     /// Calls a function that allocates a buffer. Returns its major status and the bytes in the buffer.
-    fn call_with_output(
-        &self,
-        function: impl FnOnce(*mut u32, *mut GssBuffer<'_>) -> u32,
-    ) -> LibraryResult<(u32, Vec<u8>)> {
+    fn call_with_output(&self, function: impl FnOnce(*mut u32, *mut GssBuffer<'_>) -> u32) -> OutputResult {
         let mut minor = 0;
         let (major, bytes) = self.copy_output(|buffer| function(&mut minor, buffer));
         self.check(major, minor).map(|()| (major, bytes))
@@ -381,7 +379,7 @@ impl PendingContext {
     }
 
     /// Calls gss_init_sec_context. Returns the major status and the token for the acceptor.
-    fn init(&mut self, token: Option<&[u8]>) -> LibraryResult<(u32, Vec<u8>)> {
+    fn init(&mut self, token: Option<&[u8]>) -> OutputResult {
         let GssContext { object: Object { api, handle: context, .. }, flags } = &mut self.context;
         let (ticket, target, requested) = (self.credential.0.handle, self.target.handle, self.requested);
         let token = token.map(GssBuffer::borrowed);

@@ -15,6 +15,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use rustix::thread::{clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities};
 
 use super::options::Options;
+use super::run_as::RunAs;
 
 /// First descriptor that systemd passes with LISTEN_FDS, see sd_listen_fds(3).
 const LISTEN_FDS_START: usize = 3;
@@ -39,6 +40,24 @@ pub fn close_inherited_descriptors() {
     for fd in open.into_iter().filter(|fd| !is_kept(fd)).filter(is_inherited) {
         let _ = nix::unistd::close(fd);
     }
+}
+
+/// Returns an error if the server will not have the capability for the ports of BIND and UDP.
+pub(super) fn check_ports(options: &Options) -> Option<String> {
+    let first_free = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").ok();
+    let first_free: u16 = first_free.and_then(|port| port.trim().parse().ok()).unwrap_or(1024);
+    let keeps_capabilities = !options.sandbox && options.run_as.as_ref().is_none_or(RunAs::is_root);
+    let is_allowed = keeps_capabilities
+        && rustix::thread::capabilities(None)
+            .is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_BIND_SERVICE));
+    let ports = [("--bind-ports", &options.bind_ports), ("--udp-ports", &options.udp_ports)];
+    let mut low =
+        ports.into_iter().filter(|(_, ports)| ports.as_ref().is_some_and(|ports| *ports.0.start() < first_free));
+    let (option, _) = low.next().filter(|_| !is_allowed)?;
+    Some(format!(
+        "{option}: the server may not use ports below {first_free} (choose others, or lower the sysctl \
+         net.ipv4.ip_unprivileged_port_start; root can set --no-sandbox without --run-as)"
+    ))
 }
 
 /// Switches to the user of `--run-as`, and restricts this process unless `--no-sandbox` is set. Returns a function that
@@ -87,7 +106,9 @@ pub(super) fn enter(options: &Options, has_passwords: bool) -> io::Result<impl F
             missing => log::warn!("sandbox: {in_force}; not in force: {}", missing.join(", ")),
         }
         warn_unreadable(&reload_files);
-        refusals.map(syscalls::log_refusals);
+        if let Some(refusals) = refusals {
+            syscalls::log_refusals(refusals);
+        }
     })
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 
 use nix::libc;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal as Nix};
 use seccompiler::SeccompCmpArgLen::Dword;
 use seccompiler::SeccompCmpOp::{self, Eq, MaskedEq};
 use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
@@ -80,7 +80,7 @@ pub(super) fn restrict(uses_keyrings: bool) -> Result<PipeReader, String> {
     let (refusals, writer) = io::pipe().map_err(|error| error.to_string())?;
     REFUSALS.get_or_init(|| writer);
     // The parent process can have blocked the signal.
-    let signal = [Signal::SIGSYS].into_iter().collect::<SigSet>().thread_unblock();
+    let signal = [Nix::SIGSYS].into_iter().collect::<SigSet>().thread_unblock();
     signal.and_then(|()| ffi::fail_trapped_calls(report)).map_err(|error| error.to_string())?;
     let keyrings = if uses_keyrings { KEYRINGS } else { &[] };
     let any_args = [ALLOWED, ALLOWED_ON_ARCH, keyrings].concat().into_iter().map(|call| (call, Vec::new()));

@@ -146,3 +146,21 @@ fn run_as_refuses_unknown_users_and_no_sandbox_says_so() {
     assert_eq!(sandbox_line(&server), "off");
     assert_eq!(open(&server, 1, echo_server()).1, 0);
 }
+
+#[test]
+fn ports_that_need_a_capability_are_refused_at_the_start() {
+    for (option, args) in [("--bind-ports", ""), ("--udp-ports", "--no-sandbox --run-as nobody")] {
+        if !args.is_empty() && !is_root() {
+            continue;
+        }
+        let mut command = s5();
+        command.args(["serve", "--listen", "127.0.0.1:0", option, "1-2000"]).args(args.split_whitespace());
+        let output = run(&mut command, b"", TIMEOUT);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let expected = format!("{option}: the server may not use ports below ");
+        assert!(output.status.code() == Some(2) && stderr.contains(&expected), "{stderr}");
+    }
+    if is_root() {
+        Server::start(&["--no-sandbox", "--bind-ports", "1-2000"]);
+    }
+}
