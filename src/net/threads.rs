@@ -6,8 +6,13 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use rustix::process::setpriority_process;
+
 /// Time without a call after which a thread ends. A new thread costs a call some 50 µs.
 const IDLE_TIME: Duration = Duration::from_millis(200);
+
+/// Lower priority than that of the event loops (nice(1)): otherwise, many calls for one client slow the tunnels of all.
+const NICENESS: i32 = 10;
 
 /// Threads for calls of the system that block. The callers limit their number: lookups, and calls of GSSAPI.
 static BLOCKING_CALLS: ThreadPool<()> = ThreadPool::new("s5-blocking", 512);
@@ -73,6 +78,8 @@ impl<S: Default> ThreadPool<S> {
     }
 
     fn work(&self) {
+        // Of this thread alone. Without the permission, it is as it was.
+        let _ = setpriority_process(None, NICENESS);
         let mut state = S::default();
         while let Some(job) = self.next() {
             // A panic drops the sender of the job: its caller gets `None`.

@@ -22,7 +22,7 @@ fn hash(cost: u32) -> String {
 }
 
 /// A users file with 40 users: most hashes are those of --add-user, some need more memory, some are of bcrypt.
-fn users_text() -> String {
+pub fn users_text() -> String {
     let (usual, large) = (hash(Params::DEFAULT_M_COST), hash(LARGE_KIB));
     let line = |n| match n % 10 {
         0 => format!("user{n}:{large}\n"),

@@ -3,6 +3,7 @@
 #![allow(unused_qualifications, reason = "the names of std that support exports may be written with their path")]
 
 mod attempts;
+mod bystanders;
 mod fail2ban;
 mod fair_shares;
 mod log_escaping;

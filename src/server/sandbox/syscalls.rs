@@ -40,7 +40,7 @@ const ALLOWED: &[i64] = syscalls![
     SYS_brk SYS_mmap SYS_munmap SYS_mremap SYS_mprotect SYS_madvise SYS_mincore
     // Threads. `clone` and `clone3` are below.
     SYS_futex SYS_set_robust_list SYS_get_robust_list SYS_rseq SYS_set_tid_address SYS_membarrier SYS_sched_yield
-    SYS_sched_getaffinity SYS_getcpu SYS_gettid SYS_exit SYS_exit_group
+    SYS_sched_getaffinity SYS_setpriority SYS_getcpu SYS_gettid SYS_exit SYS_exit_group
     // Signals of this process to itself are below.
     SYS_rt_sigaction SYS_rt_sigprocmask SYS_rt_sigreturn SYS_sigaltstack SYS_restart_syscall
     // Time.

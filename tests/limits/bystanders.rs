@@ -1,0 +1,227 @@
+//! Other clients while one address attacks: an open tunnel stays quick, new clients are served at once, and afterwards
+//! the server has its memory and descriptors back.
+
+use crate::*;
+
+const ATTACKER: Ipv4Addr = Ipv4Addr::new(127, 6, 6, 6);
+const OTHER: Ipv4Addr = Ipv4Addr::new(127, 7, 7, 7);
+const ANY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
+/// Round trips of the open tunnel take at most so many times their time on a quiet server, or so long: while all cores
+/// compute, a thread that wakes up waits for one for some milliseconds.
+const MAX_FACTOR: u32 = 5;
+const MAX_ROUND_TRIP: Duration = Duration::from_millis(20);
+const MAX_NEW_CLIENT: Duration = Duration::from_millis(50);
+/// Time of an attack before the measurement.
+const RAMP: Duration = Duration::from_millis(500);
+/// Memory in KiB that may remain: the allocator keeps some freed memory for each thread.
+const TOLERANCE_KIB: usize = 4096;
+/// A target with 32 addresses that accept no connection.
+const SILENT_ADDRS: &str = "many.test";
+
+/// A server, and what the attacks need.
+struct Lab {
+    server: Server,
+    /// Accepts no connection.
+    silent: FullBacklog,
+    tcp_sink: SocketAddr,
+    udp_echo: SocketAddr,
+    number: AtomicUsize,
+}
+
+/// One step of an attack, which four threads repeat. The connections stay open until the attack is over.
+type Step = fn(&Lab, &mut Vec<TcpStream>) -> io::Result<()>;
+
+/// Name, number of connections that each thread keeps at most, and the step.
+const ATTACKS: [(&str, usize, Step); 12] = [
+    ("wrong passwords", 250, |lab, held| {
+        let login = login_message(b"user2", format!("guess {}", lab.next()).as_bytes());
+        lab.hold(held, &[&[5, 1, 2], &login[..]].concat())
+    }),
+    ("unfinished handshakes", 2500, |lab, held| lab.hold(held, &[5, 1])),
+    ("names that no server answers", 500, |lab, held| {
+        let name = format!("silent.n{}.test", lab.next());
+        lab.hold_request(held, &request_by_name(CONNECT, &name, 9))
+    }),
+    ("names with 32 silent addresses", 500, |lab, held| {
+        lab.hold_request(held, &request_by_name(CONNECT, SILENT_ADDRS, lab.silent.addr.port()))
+    }),
+    ("tunnels", 2000, |lab, held| lab.hold_request(held, &request(CONNECT, lab.tcp_sink))),
+    ("idle tunnels and unfinished handshakes of many addresses", 1500, |lab, held| {
+        let [.., high, low] = lab.next().to_be_bytes();
+        let tunnel = [&[5, 1, 0][..], &request(CONNECT, lab.tcp_sink)].concat();
+        lab.hold_from(Ipv4Addr::new(127, 8, high, low), held, if low % 2 == 0 { &tunnel } else { &[5, 1] })
+    }),
+    ("waiting BINDs", 2000, |lab, held| lab.hold_request(held, &request(BIND, ANY))),
+    ("associations", 1000, |lab, held| lab.hold_request(held, &request(UDP_ASSOCIATE, ANY))),
+    ("sessions that fail at once", 1, |lab, held| {
+        lab.hold_request(held, &request(CONNECT, closed_port()))?;
+        held.pop().map_or(Ok(()), |mut last| last.read_to_end(&mut Vec::new()).map(drop))
+    }),
+    ("data after a refusal", 1, |lab, held| {
+        held.clear();
+        lab.hold_request(held, &request(CONNECT, "192.0.2.1:9".parse().expect("valid address")))?;
+        held.iter_mut().try_for_each(|stream| (0..1000).try_for_each(|_| stream.write_all(&[b'x'; 65_536])))
+    }),
+    ("datagrams", 1, |lab, _| {
+        let message = [&[0, 0, 0][..], &request(0, lab.udp_echo)[3..], &[b'x'; 500]].concat();
+        lab.send_datagrams(ATTACKER, &message)
+    }),
+    ("datagrams of strangers", 1, |lab, _| lab.send_datagrams(Ipv4Addr::new(127, 6, 6, 7), &[b'x'; 500])),
+];
+
+impl Lab {
+    fn start(users: &str) -> Self {
+        let (target, tcp_sink) = listener(V4);
+        thread::spawn(move || {
+            target.incoming().flatten().for_each(|mut stream| {
+                thread::spawn(move || io::copy(&mut stream, &mut io::sink()));
+            })
+        });
+        Self {
+            server: Server::start(&["--users", users, "--auth", "none,password", "--deny", "to=192.0.2.0/24"]),
+            silent: FullBacklog::at(ANY),
+            tcp_sink,
+            udp_echo: udp_echo_server(V4),
+            number: AtomicUsize::new(0),
+        }
+    }
+
+    fn next(&self) -> usize {
+        self.number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Connects from the attacker's address, and sends these bytes.
+    fn hold(&self, held: &mut Vec<TcpStream>, bytes: &[u8]) -> io::Result<()> {
+        self.hold_from(ATTACKER, held, bytes)
+    }
+
+    fn hold_from(&self, source: Ipv4Addr, held: &mut Vec<TcpStream>, bytes: &[u8]) -> io::Result<()> {
+        let mut stream = connect_from_ip(&self.server, source);
+        stream.write_all(bytes)?;
+        held.push(stream);
+        Ok(())
+    }
+
+    fn hold_request(&self, held: &mut Vec<TcpStream>, request: &[u8]) -> io::Result<()> {
+        self.hold(held, &[&[5, 1, 0], request].concat())
+    }
+
+    /// Opens an association, and sends many datagrams to it from this address.
+    fn send_datagrams(&self, source: Ipv4Addr, message: &[u8]) -> io::Result<()> {
+        let mut control = Vec::new();
+        self.hold_request(&mut control, &request(UDP_ASSOCIATE, ANY))?;
+        assert_eq!(read_exact(&mut control[0], 2), [5, 0]);
+        let (_, bnd) = read_reply(&mut control[0]);
+        let socket = UdpSocket::bind((source, 0))?;
+        (0..20_000).try_for_each(|_| socket.send_to(message, bnd).map(drop))
+    }
+
+    /// Repeats the step on a thread with low priority, until `is_over`: the attack has to load the server, and not the
+    /// cores that the other client uses. Failures are what the server is free to answer.
+    fn attack(&self, limit: usize, step: Step, is_over: &AtomicBool) {
+        let thread = std::fs::read_link("/proc/thread-self").expect("this thread in /proc");
+        let chrt =
+            Command::new("chrt").args(["--idle", "--pid", "0"]).arg(thread.file_name().expect("its number")).status();
+        assert!(chrt.expect("chrt runs").success(), "the thread has low priority");
+        let mut held = Vec::new();
+        while !is_over.load(Ordering::Relaxed) {
+            let _ = step(self, &mut held);
+            if held.len() > limit {
+                held.swap_remove(0);
+            }
+        }
+    }
+}
+
+/// The other client, with an open tunnel.
+struct Other<'a> {
+    server: &'a Server,
+    echo: SocketAddr,
+    tunnel: TcpStream,
+}
+
+impl<'a> Other<'a> {
+    fn connect(server: &'a Server, echo: SocketAddr) -> Self {
+        Self { server, echo, tunnel: Self::open(server, echo) }
+    }
+
+    fn open(server: &Server, echo: SocketAddr) -> TcpStream {
+        let mut stream = connect_from_ip(server, OTHER);
+        stream.set_nodelay(true).expect("option set");
+        stream.write_all(&[5, 1, 0]).expect("greeting sent");
+        assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+        stream.write_all(&request(CONNECT, echo)).expect("request sent");
+        assert_eq!(read_reply(&mut stream).0, 0);
+        stream
+    }
+
+    /// Returns the 99th percentile of round trips, and that of new clients with one round trip.
+    fn measure(&mut self) -> [Duration; 2] {
+        let (mut round_trips, mut new_clients) = (Vec::new(), Vec::new());
+        for _ in 0..200 {
+            round_trips.extend((0..5).map(|_| timed(|| ping(&mut self.tunnel, b"round trip")).0));
+            new_clients.push(timed(|| ping(&mut Self::open(self.server, self.echo), b"new client")).0);
+        }
+        [round_trips, new_clients].map(|mut times| {
+            times.sort_unstable();
+            times[times.len() * 99 / 100]
+        })
+    }
+}
+
+fn private_kib(server: &Server) -> usize {
+    proc_kib(server, "smaps_rollup", "Private_Dirty")
+}
+
+/// Runs one attack and measures what the other client notices.
+fn run(users: &str, echo: SocketAddr, (name, limit, step): (&str, usize, Step)) -> Result<(), String> {
+    let lab = Lab::start(users);
+    let mut other = Other::connect(&lab.server, echo);
+    let quiet = other.measure();
+    let (descriptors, memory) = (lab.server.descriptors(), private_kib(&lab.server));
+    let is_over = AtomicBool::new(false);
+    let attacked = thread::scope(|scope| {
+        (0..4).for_each(|_| drop(scope.spawn(|| lab.attack(limit, step, &is_over))));
+        thread::sleep(RAMP);
+        let attacked = other.measure();
+        eprintln!("{name}: {} descriptors at the end", lab.server.descriptors());
+        is_over.store(true, Ordering::Relaxed);
+        attacked
+    });
+    let ended = Instant::now();
+    let is_freed = || lab.server.descriptors() <= descriptors && private_kib(&lab.server) <= memory + TOLERANCE_KIB;
+    while !is_freed() && ended.elapsed() < TIMEOUT {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let now = [lab.server.descriptors(), private_kib(&lab.server)];
+    eprintln!(
+        "{name}: 99 % of round trips and new clients: quiet {quiet:?}, attack {attacked:?}; descriptors and KiB before \
+         {:?}, after {now:?} and {:?}",
+        [descriptors, memory],
+        ended.elapsed(),
+    );
+    ensure(is_freed(), || format!("{name}: descriptors and memory {now:?}, before {:?}", [descriptors, memory]))?;
+    let limit = MAX_ROUND_TRIP.max(quiet[0] * MAX_FACTOR);
+    ensure(attacked[0] <= limit, || format!("{name}: round trip {:?}, quiet {:?}", attacked[0], quiet[0]))?;
+    ensure(attacked[1] <= MAX_NEW_CLIENT, || format!("{name}: new client {:?}", attacked[1]))
+}
+
+#[test]
+fn attack_of_one_address_does_not_slow_other_clients() {
+    let resolv = format!("{}options timeout:1 attempts:1\n", dns::RESOLV);
+    enter_namespace!("", &resolv);
+    if !raise_fd_limit(20_000) {
+        return skip("too few descriptors");
+    }
+    let _machine = lock_machine();
+    dns::start_with(|name, _| match name {
+        SILENT_ADDRS => dns::Answer::addrs((1..=32).map(|n| Ipv4Addr::new(127, 9, 0, n))),
+        _ => dns::Answer::NoReply,
+    });
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &crate::login_memory::users_text());
+    let echo = echo_server();
+    for attack in ATTACKS {
+        try_three_times(|| run(&users, echo, attack));
+    }
+}
