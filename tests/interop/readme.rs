@@ -159,10 +159,12 @@ fn run_recipe(steps: &[Step], dir: &Path, environment: &[(&str, String)]) {
                 // The page may show several such lines.
                 let lines = output.iter().filter(|line| line.contains(ready)).count().max(1);
                 read().matches(ready).count() >= lines
+                    && (ready.is_empty() || read().ends_with('\n'))
                     && (!ready.is_empty() || TcpStream::connect("127.0.0.1:1080").is_ok())
             });
             if let Some(bnd) = read().strip_prefix("bound ").filter(|_| !command.contains("--address-file")) {
-                let bnd: SocketAddr = bnd.trim().parse().expect("valid address");
+                let bnd = bnd.lines().next().unwrap_or_default();
+                let bnd: SocketAddr = bnd.parse().unwrap_or_else(|error| panic!("{bnd:?}: {error} in {}", read()));
                 let mut peer = TcpStream::connect(bnd).expect("the proxy accepts");
                 peer.write_all(b"hello").expect("data sent");
                 wait_until("the peer is reported", TIMEOUT, || read().contains("accepted "));
