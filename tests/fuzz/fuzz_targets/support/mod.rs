@@ -31,7 +31,7 @@ pub fn temp_path(name: &str) -> PathBuf {
 }
 
 /// Starts `s5 serve` on a thread of this process at the first call, and returns its Unix socket and its TCP address.
-/// Accepts clients without a login, and user "u" with password "p".
+/// Accepts clients without a login, and user "u" with password "p". Without the sandbox, which would hold for the fuzzer.
 pub fn server() -> &'static (PathBuf, SocketAddr) {
     static ADDRS: OnceLock<(PathBuf, SocketAddr)> = OnceLock::new();
     ADDRS.get_or_init(|| {
@@ -42,7 +42,7 @@ pub fn server() -> &'static (PathBuf, SocketAddr) {
         std::fs::write(&users, format!("u:{hash}\n")).expect("written");
         let addr = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("free port");
         let args = format!(
-            "s5 serve --listen unix:{} --listen {addr} --threads 1 --auth none,password --users {} \
+            "s5 serve --listen unix:{} --listen {addr} --threads 1 --auth none,password --users {} --no-sandbox \
              --handshake-timeout 1s --bind-timeout 200ms --connect-timeout 200ms",
             path.display(),
             users.display()
