@@ -174,7 +174,7 @@ impl Session {
         let verify = async {
             let on_refused = || self.log.set_error(LOGIN_REFUSED);
             let verified = server.logins.verify(&server.policy, login, deadline, on_refused).await;
-            verified.ok_or_else(|| self.timed_out())
+            verified.ok_or_else(|| SessionError::silent("password not checked in time: too many logins wait"))
         };
         let Some(policy) = self.cancellable(conn, verify).await? else {
             return Err(SessionError::with_message(&LoginStatus::FAILURE, LOGIN_REFUSED));
