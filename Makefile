@@ -86,11 +86,13 @@ fuzz:              ## fuzz each target for FUZZ_SECONDS (30)
 	command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz
 	RUSTC_BOOTSTRAP=1 $(CARGO) fuzz build --fuzz-dir tests/fuzz
 	for target in $(FUZZ_TARGETS); do \
-	  RUSTC_BOOTSTRAP=1 $(WITHOUT_NETWORK) $(CARGO) fuzz run --fuzz-dir tests/fuzz "$$target" -- \
-	    -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=1024 || exit 1; \
+	  mkdir -p "tests/fuzz/corpus/$$target" "tests/fuzz/artifacts/$$target"; \
+	  $(WITHOUT_NETWORK) tests/fuzz/target/*/release/"$$target" -artifact_prefix="tests/fuzz/artifacts/$$target/" \
+	    -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=1024 "tests/fuzz/corpus/$$target" || exit 1; \
 	done
 
-# Inputs of the fuzz targets name random hosts. SIGPIPE is ignored, as in every Rust program with a main function.
+# Inputs of the fuzz targets name random hosts. SIGPIPE is ignored, as in every Rust program with a main function;
+# cargo would undo that, so the targets run without it.
 WITHOUT_NETWORK = unshare --user --map-root-user --net sh -c 'ip link set lo up; trap "" PIPE; exec "$$@"' sh
 
 torture: test-programs ## fail each system call of a session once, with each error that it can have; 2 minutes
