@@ -51,12 +51,7 @@ impl AcceptLoop {
         for attempts in 1_usize.. {
             // Only for a connection that may be waiting: otherwise idle listeners would hold unused reservations.
             self.listener.ready(Interest::Read).await;
-            let limiter = &self.server.limiter;
-            let reserved = match limiter.sessions.try_acquire(None) {
-                Some(reserved) => reserved,
-                None if self.has_waiting() => limiter.wait_to_reserve().await,
-                None => continue,
-            };
+            let Some(reserved) = self.server.limiter.reserve(|| self.has_waiting()).await else { continue };
             match self.listener.try_with(Interest::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {
                     if let Some((session, handshake)) = self.admit(client, reserved) {

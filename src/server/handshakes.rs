@@ -40,15 +40,30 @@ impl Handshakes {
 
     /// Adds a handshake, after ending another one if there are too many.
     pub(super) fn begin(&self, client: ClientKey) -> HandshakeGuard {
-        self.make_room();
-        let number = lock(&self.unfinished).begin(client);
+        let mut unfinished = lock(&self.unfinished);
+        let ended = unfinished.end_one_of(self.limit);
+        let number = unfinished.begin(client);
+        drop(unfinished);
+        ended.into_iter().for_each(Waker::wake);
         HandshakeGuard { unfinished: self.unfinished.clone(), number }
     }
 
-    /// Ends a handshake if the limit is reached.
-    pub(super) fn make_room(&self) {
-        let ended = lock(&self.unfinished).end_one_of(self.limit);
+    /// Returns the number of the latest handshake.
+    pub(super) fn latest(&self) -> u64 {
+        lock(&self.unfinished).last_number
+    }
+
+    /// Ends a handshake if the limit is reached. Returns false, and ends none, if another one has begun after `latest`: it
+    /// may be that of the connection that needed room.
+    pub(super) fn make_room(&self, latest: u64) -> bool {
+        let mut unfinished = lock(&self.unfinished);
+        if unfinished.last_number != latest {
+            return false;
+        }
+        let ended = unfinished.end_one_of(self.limit);
+        drop(unfinished);
         ended.into_iter().for_each(Waker::wake);
+        true
     }
 }
 

@@ -77,13 +77,20 @@ impl Limiter {
         }
     }
 
-    /// Waits until another session can start, with a connection waiting. If too many sessions are unfinished handshakes, one
-    /// of them ends.
-    pub(super) async fn wait_to_reserve(&self) -> ShareGuard {
+    /// Reserves a session, or waits until one can start if a connection is waiting. If too many sessions are unfinished
+    /// handshakes, one of them ends. Returns `None` if no connection is waiting any more.
+    pub(super) async fn reserve(&self, has_waiting: impl FnOnce() -> bool) -> Option<ShareGuard> {
+        if let Some(reserved) = self.sessions.try_acquire(None) {
+            return Some(reserved);
+        }
+        // Another worker may accept the connection at any time.
+        let latest = self.handshakes.latest();
+        if !has_waiting() || !self.handshakes.make_room(latest) {
+            return None;
+        }
         let limit = self.max_sessions;
         warn(|| format!("limit of {limit} connections reached: new ones wait (raise --max-connections)"));
-        self.handshakes.make_room();
-        self.sessions.acquire(None).await
+        Some(self.sessions.acquire(None).await)
     }
 
     /// Counts a new connection against its client. Returns `None` if the client has too many sessions.
