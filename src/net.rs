@@ -1,6 +1,7 @@
 //! Sockets and timers: the event loop, name resolution, connecting, relaying, batches of datagrams. Knows no SOCKS.
 
 mod datagrams;
+mod descriptors;
 mod dial;
 mod loop_waker;
 mod rate_limit;
@@ -14,6 +15,7 @@ mod timer;
 
 pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
 pub use datagrams::{DATAGRAM_BUFFER_SIZE, retry_refused};
+pub use descriptors::{MAX_DESCRIPTORS, receive_descriptors, send_descriptors, take_descriptor};
 pub use dial::{
     DialError, DialLimits, LimitGuard, LocalAddr, MAX_ADDRS_TRIED, SHORT_KEEPALIVE_TIME, Unlimited, bind_error,
     connect_unix, dial, set_keepalive, set_reset_after_delivery, set_tcp_options, shorten_keepalive, unspecified,

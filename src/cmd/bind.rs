@@ -35,7 +35,7 @@ impl AddrOutput {
     /// Takes the descriptor. A file of an earlier run is removed, because its address is no longer valid.
     fn open(text: &str) -> io::Result<Self> {
         if let Some(number) = descriptor::fd_number(text) {
-            return descriptor::take_fd(number, true).map(Self::Descriptor);
+            return descriptor::take_fd(number).map(Self::Descriptor);
         }
         if text == "-" {
             return Err(io::Error::other("stdout is for data (use fd:3, with 3>&1 in a shell)"));

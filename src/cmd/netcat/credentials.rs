@@ -96,7 +96,7 @@ fn read_file(name: &str) -> io::Result<Vec<Credentials>> {
     let mut text = Vec::new();
     match (name, descriptor::fd_number(name)) {
         ("-", _) => read_first_line(File::from(io::stdin().as_fd().try_clone_to_owned()?), &mut text)?,
-        (_, Some(number)) => read_first_line(descriptor::take_fd(number, false)?, &mut text)?,
+        (_, Some(number)) => read_first_line(descriptor::take_fd(number)?, &mut text)?,
         (path, None) => text = text_file::read(File::open(path)?, MAX_FILE_SIZE)?,
     }
     text_file::skip_bom(&mut text);

@@ -4,35 +4,25 @@ use std::fs::{File, OpenOptions};
 use std::io;
 
 use rustix::fs::FileType;
-use rustix::io::Errno;
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+
+use crate::net::take_descriptor;
 
 /// Returns the number after `fd:`, or `None` for the name of a file.
 pub(crate) fn fd_number(text: &str) -> Option<&str> {
     text.strip_prefix("fd:")
 }
 
-/// Duplicates descriptor `number` for reading or writing, and closes the original, so that dropping the result closes the
-/// file.
+/// Duplicates descriptor `number`, and closes the original, so that dropping the result closes the file.
 ///
 /// # Errors
 /// The descriptor is not open, or is stdin, stdout or stderr.
-pub(crate) fn take_fd(number: &str, writes: bool) -> io::Result<File> {
+pub(crate) fn take_fd(number: &str) -> io::Result<File> {
     let invalid = |reason: &str| io::Error::new(io::ErrorKind::InvalidInput, reason);
     let n: i32 = number.parse().map_err(|_| invalid("not a file descriptor number"))?;
     if n < 3 {
         return Err(invalid("0, 1 and 2 are stdin, stdout and stderr (use 3 or more)"));
     }
-    let this = pidfd_open(getpid(), PidfdFlags::empty());
-    let file = match this.and_then(|this| pidfd_getfd(this, n, PidfdGetfdFlags::empty())) {
-        // Some containers do not allow the calls. This opens all files but sockets.
-        Err(Errno::PERM | Errno::NOSYS) => {
-            OpenOptions::new().read(!writes).append(writes).open(format!("/proc/self/fd/{n}"))?
-        }
-        duplicate => duplicate?.into(),
-    };
-    nix::unistd::close(n)?;
-    Ok(file)
+    Ok(take_descriptor(n)?.into())
 }
 
 /// Closes stdout: replaces it by /dev/null, so that its number is not used for another file. If stdin and stdout are the

@@ -35,7 +35,7 @@ impl JsonOutput {
         }
         let file_error = |status| move |error: io::Error| CliError::new(status, format!("--json={text}: {error}"));
         let file = match descriptor::fd_number(text) {
-            Some(number) => descriptor::take_fd(number, true).map_err(file_error(ExitStatus::USAGE))?,
+            Some(number) => descriptor::take_fd(number).map_err(file_error(ExitStatus::USAGE))?,
             None => output_file::open(Path::new(text), true).map_err(file_error(ExitStatus::WRITE_STDOUT))?,
         };
         Ok(Self::File(Rc::new(file)))

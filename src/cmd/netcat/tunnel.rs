@@ -3,14 +3,13 @@
 
 use std::cell::Cell;
 use std::future::{pending, poll_fn};
-use std::io::{self, IoSlice, IsTerminal as _};
-use std::os::fd::AsFd as _;
+use std::io::{self, IsTerminal as _};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::pin::Pin;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::child::{self, Program};
 use super::connector::Connector;
@@ -20,7 +19,9 @@ use super::report::SessionReport;
 use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::Conn;
-use crate::net::{RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, relay, sleep, timeout_at};
+use crate::net::{
+    RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, relay, send_descriptors, sleep, timeout_at,
+};
 use crate::proto::Addr;
 
 /// Time limit of the last flush of stdout after a timeout.
@@ -201,12 +202,5 @@ fn pass_socket(tunnel: &Conn) -> io::Result<()> {
     }
     // O_NONBLOCK is shared with the receiver, which expects a blocking socket.
     rustix::io::ioctl_fionbio(tunnel, false)?;
-    let sockets = [tunnel.as_fd()];
-    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !ancillary.push(SendAncillaryMessage::ScmRights(&sockets)) {
-        return Err(io::ErrorKind::OutOfMemory.into());
-    }
-    rustix::net::sendmsg(io::stdout(), &[IoSlice::new(&[0])], &mut ancillary, SendFlags::NOSIGNAL)?;
-    Ok(())
+    send_descriptors(io::stdout(), &[tunnel.as_fd().as_raw_fd()])
 }
