@@ -11,6 +11,7 @@ mod dial_shares;
 mod dispatch;
 mod free_memory;
 mod handshakes;
+mod inherited;
 mod limiter;
 mod listen;
 mod local_addr;
@@ -35,6 +36,7 @@ mod worker;
 
 use std::cell::RefCell;
 use std::io;
+use std::mem::take;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
@@ -57,6 +59,7 @@ use crate::policy::Policy;
 use crate::proto::Host;
 use counters::COUNTERS;
 use dial_shares::DialShares;
+pub use inherited::InheritedSocket;
 use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::Listener;
@@ -104,7 +107,7 @@ pub type Configuration = (Policy, Vec<Vec<Proxy>>);
 pub type LoadConfiguration<'a> = dyn Fn() -> Result<Configuration, String> + 'a;
 
 /// Runs until SIGTERM, SIGINT or the end of the terminal, then drains. Reloads at each other SIGHUP. Blocks.
-pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -> Result<(), ServerError> {
+pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -> Result<(), ServerError> {
     let terminal = Terminal::at_start();
     // From the time that the server can be reached until it handles signals. Handling them starts a thread.
     let waiting: SigSet = [Nix::SIGTERM, Nix::SIGINT, Nix::SIGHUP, Nix::SIGUSR1].into_iter().collect();
@@ -113,14 +116,8 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
     let (dial_shares, dial_descriptors) = DialShares::new(descriptors);
     let default_max_sessions = default_max_sessions(descriptors - dial_descriptors.min(descriptors));
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
-    let mut listeners = Vec::new();
-    for listen in &options.listen {
-        listeners.extend(listen.bind().map_err(|(addr, error)| {
-            let with_remedy = io::Error::other(format!("{error} (choose another address with --listen)"));
-            ServerError::Io(format!("listen on {addr}"), with_remedy)
-        })?);
-    }
-    policy.listen_addrs = listeners.iter().filter_map(Listener::addr).collect();
+    let listeners = open_listeners(&mut options)?;
+    policy.listen_addrs = listeners.iter().flat_map(Listener::addrs).collect();
     policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
     let error = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options));
     if let Some(error) = error.or_else(|| sandbox::check_ports(&options)) {
@@ -186,6 +183,22 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
     }
     log_shares::report();
     result
+}
+
+fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, ServerError> {
+    let inherited = take(&mut options.inherited);
+    if !inherited.is_empty() {
+        let inherit = |socket| Listener::inherit(socket).map_err(ServerError::io("use a socket of LISTEN_FDS"));
+        return inherited.into_iter().map(inherit).collect();
+    }
+    let mut listeners = Vec::new();
+    for listen in &options.listen {
+        listeners.extend(listen.bind().map_err(|(addr, error)| {
+            let with_remedy = io::Error::other(format!("{error} (choose another address with --listen)"));
+            ServerError::Io(format!("listen on {addr}"), with_remedy)
+        })?);
+    }
+    Ok(listeners)
 }
 
 /// Returns the wildcard addresses of IPv6 whose port does not accept IPv4: other programs accept both there.

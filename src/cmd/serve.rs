@@ -24,7 +24,7 @@ use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{DEFAULT_PORT, Method, PortRange, ProtectionLevel};
-use crate::server::{self, Filtering, Hop, ListenAddr, Options, Quotas, RunAs, ServerError};
+use crate::server::{self, Filtering, Hop, InheritedSocket, ListenAddr, Options, Quotas, RunAs, ServerError};
 use hops::HopSources;
 use load::{PolicySources, RuleOption};
 
@@ -37,6 +37,7 @@ pub struct ServeArgs {
     /// With port 0 the kernel chooses the port, and s5 logs it. PORT can be the name of a service. A Unix socket that
     /// no process uses is replaced; one in use is an error. The umask sets the permissions of its file. Its clients
     /// send and receive datagrams at 127.0.0.1. If a client announces its port, datagrams from other ports are dropped.
+    /// Without this option, s5 uses the sockets of a socket unit, if systemd passes some. See SYSTEMD.
     /// Addresses other than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
@@ -295,6 +296,11 @@ impl ServeArgs {
         }
         let methods = self.accepted_methods()?;
         let sources = self.policy_sources(methods)?;
+        let mut inherited = InheritedSocket::from_systemd().map_err(CliError::usage)?;
+        if !self.listen.is_empty() && !inherited.is_empty() {
+            log::warn!("the sockets of LISTEN_FDS are not used, because --listen is given");
+            inherited.clear();
+        }
         let (policy, proxies) = sources.load()?;
         if !self.no_sandbox {
             server::close_inherited_descriptors();
@@ -302,7 +308,8 @@ impl ServeArgs {
         let hops = sources.hops.names().into_iter().zip(proxies).map(|(name, proxies)| Hop::new(name, proxies).into());
         let hops = hops.collect();
         let (request, show_rules) = (self.explain.take(), self.show_rules);
-        let options = self.options(&policy, hops, sources.files().map(Into::into).collect())?;
+        let mut options = self.options(&policy, hops, sources.files().map(Into::into).collect())?;
+        options.inherited = inherited;
         if show_rules {
             return explain::show(&policy, &options);
         }
@@ -394,6 +401,7 @@ impl ServeArgs {
         });
         let default_listen = ListenAddr::Loopback(DEFAULT_PORT);
         Ok(Options {
+            inherited: Vec::new(),
             listen: if self.listen.is_empty() { vec![default_listen] } else { self.listen },
             handshake_timeout: self.handshake_timeout,
             connect_timeout: self.connect_timeout,

@@ -11,8 +11,9 @@ use std::str::FromStr;
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use super::inherited::InheritedSocket;
 use crate::client::{parse_addr, parse_port};
-use crate::conn::DetachedConn;
+use crate::conn::{DetachedConn, to_canonical_addr};
 use crate::net::{DialError, accept, bind_error, set_tcp_options};
 use crate::proto::{Addr, DEFAULT_PORT, Host};
 
@@ -130,15 +131,15 @@ fn bind_all(addrs: &[SocketAddr]) -> Result<Vec<Listener>, (String, io::Error)> 
     let mut listeners = Vec::<Listener>::new();
     let mut unavailable = ("the name".to_owned(), io::ErrorKind::AddrNotAvailable.into());
     for mut addr in addrs.iter().copied() {
-        if let (0, Some(first)) = (addr.port(), listeners.first().and_then(Listener::addr)) {
+        if let (0, Some(first)) = (addr.port(), listeners.first().and_then(|first| first.addr)) {
             addr.set_port(first.port());
         }
-        if listeners.iter().any(|listener| listener.addr() == Some(addr)) {
+        if listeners.iter().any(|listener| listener.addr == Some(addr)) {
             continue;
         }
         let bound = listen_tcp(addr, true, LISTEN_BACKLOG).and_then(|socket| Ok((socket.local_addr()?, socket)));
         match bound {
-            Ok((addr, socket)) => listeners.push(Listener { path: None, addr: Some(addr), socket: socket.into() }),
+            Ok((addr, socket)) => listeners.push(Listener::tcp(addr, socket.into())),
             Err(error) if is_family_unavailable(&error) => unavailable = (addr.to_string(), error),
             Err(error) => return Err((addr.to_string(), error)),
         }
@@ -173,7 +174,8 @@ fn bind_unix(path: &Path) -> io::Result<Listener> {
     }
     let listener = UnixListener::bind(path)?;
     listener.set_nonblocking(true)?;
-    Ok(Listener { path: Some(SocketPathGuard(path.into())), addr: None, socket: listener.into() })
+    let (text, _path) = (format!("unix:{}", path.display()), Some(SocketPathGuard(path.into())));
+    Ok(Listener { text, _path, addr: None, accepts_ipv4_too: false, socket: listener.into() })
 }
 
 /// Returns whether a socket file is left over from a process that has ended: only then does connect(2) refuse.
@@ -186,11 +188,15 @@ fn is_stale(path: &Path) -> io::Result<bool> {
 
 /// One listening socket.
 pub(super) struct Listener {
+    /// Address, and name if it has one, for the log.
+    text: String,
     /// Of a Unix socket. The file is removed before the socket closes, because a new server may create its own file
-    /// after that.
-    path: Option<SocketPathGuard>,
+    /// after that. `None` if another process has created it.
+    _path: Option<SocketPathGuard>,
     /// Of a TCP socket.
     addr: Option<SocketAddr>,
+    /// Set for `::` without IPV6_V6ONLY, as systemd opens it.
+    accepts_ipv4_too: bool,
     socket: OwnedFd,
 }
 
@@ -205,21 +211,47 @@ impl Drop for SocketPathGuard {
 
 impl fmt::Display for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.addr.iter().try_for_each(|addr| addr.fmt(f))?;
-        self.path.iter().try_for_each(|path| write!(f, "unix:{}", path.0.display()))
+        f.write_str(&self.text)
     }
 }
 
 impl Listener {
-    pub(super) fn addr(&self) -> Option<SocketAddr> {
-        self.addr
+    fn tcp(addr: SocketAddr, socket: OwnedFd) -> Self {
+        Self { text: addr.to_string(), _path: None, addr: Some(addr), accepts_ipv4_too: false, socket }
+    }
+
+    /// Uses a socket that another process has opened.
+    pub(super) fn inherit(InheritedSocket { socket, name }: InheritedSocket) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        let local = socket.local_addr()?;
+        let addr = local.as_socket().map(to_canonical_addr);
+        let mut text = match (addr, local.as_pathname(), local.as_abstract_namespace()) {
+            (Some(addr), ..) => addr.to_string(),
+            (_, Some(path), _) => format!("unix:{}", path.display()),
+            (.., name) => format!("unix:@{}", String::from_utf8_lossy(name.unwrap_or_default())),
+        };
+        if !name.is_empty() {
+            text += &format!(" ({name})");
+        }
+        let is_any_ipv6 = addr.is_some_and(|addr| addr.ip() == Ipv6Addr::UNSPECIFIED);
+        let accepts_ipv4_too = is_any_ipv6 && !socket.only_v6()?;
+        if addr.is_some() {
+            set_tcp_options(&socket);
+        }
+        Ok(Self { text, _path: None, addr, accepts_ipv4_too, socket: socket.into() })
+    }
+
+    /// Returns the TCP addresses that the socket accepts connections to.
+    pub(super) fn addrs(&self) -> impl Iterator<Item = SocketAddr> {
+        let any_ipv4 = |addr: SocketAddr| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), addr.port());
+        self.addr.into_iter().chain(self.addr.filter(|_| self.accepts_ipv4_too).map(any_ipv4))
     }
 
     /// Accepts a waiting connection. The address is `None` on a Unix socket.
     pub(super) fn accept(&self) -> io::Result<(DetachedConn, Option<SocketAddr>)> {
         let (socket, peer) = accept(self)?;
         let conn = if self.addr.is_some() { DetachedConn::Tcp } else { DetachedConn::Unix };
-        Ok((conn(socket.into()), peer))
+        Ok((conn(socket.into()), peer.map(to_canonical_addr)))
     }
 }
 

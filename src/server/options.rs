@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use super::inherited::InheritedSocket;
 use super::listen::ListenAddr;
 use super::run_as::RunAs;
 use crate::client::{ClientOptions, Proxy};
@@ -16,6 +17,8 @@ use crate::proto::PortRange;
 pub struct Options {
     /// Addresses to listen on.
     pub listen: Vec<ListenAddr>,
+    /// Sockets to use instead of `listen`, if there are any.
+    pub inherited: Vec<InheritedSocket>,
     /// Time from accept to the end of the request.
     pub handshake_timeout: Duration,
     /// Time to resolve a name and to try all of its addresses.

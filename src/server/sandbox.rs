@@ -17,18 +17,13 @@ use rustix::thread::{clear_ambient_capability_set, remove_capability_from_boundi
 use super::options::Options;
 use super::run_as::RunAs;
 
-/// First descriptor that systemd passes with LISTEN_FDS, see sd_listen_fds(3).
-const LISTEN_FDS_START: usize = 3;
 /// O_CLOEXEC in the octal flags of proc_pid_fdinfo(5).
 const CLOEXEC_FLAG: u32 = 0o2_000_000;
 
-/// Closes inherited descriptors, except 0 to 2 and those of LISTEN_FDS. Call it after the files of the command line were
-/// read, which may be `/dev/fd/N`, and before libraries open files of their own.
+/// Closes inherited descriptors, except 0 to 2. Call it after the files of the command line were read, which may be
+/// `/dev/fd/N`, and before libraries open files of their own.
 // Not close_range(2): s5 and its libraries set FD_CLOEXEC, so a descriptor without it was inherited.
 pub fn close_inherited_descriptors() {
-    let variable = |name| std::env::var(name).ok()?.parse::<usize>().ok();
-    let is_activated = variable("LISTEN_PID") == usize::try_from(std::process::id()).ok();
-    let passed = variable("LISTEN_FDS").filter(|_| is_activated).unwrap_or_default();
     let is_inherited = |fd: &i32| {
         let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap_or_default();
         let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
@@ -36,8 +31,7 @@ pub fn close_inherited_descriptors() {
     };
     let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let open: Vec<i32> = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
-    let is_kept = |fd: &i32| usize::try_from(*fd).is_ok_and(|fd| fd < LISTEN_FDS_START + passed);
-    for fd in open.into_iter().filter(|fd| !is_kept(fd)).filter(is_inherited) {
+    for fd in open.into_iter().filter(|fd| *fd > 2).filter(is_inherited) {
         let _ = nix::unistd::close(fd);
     }
 }
