@@ -163,5 +163,5 @@ fn systemd_socket_activate_starts_the_server_at_the_first_connection() {
     stream.write_all(&request(CONNECT, target)).expect("request sent");
     assert_eq!(read_reply(&mut stream).0, 0);
     ping(&mut stream, b"hello");
-    assert!(program.stderr_so_far().contains("listening on [::]:1080 (socks)"), "{}", program.stderr_so_far());
+    program.stderr(|text| text.contains("listening on [::]:1080 (socks)\n"));
 }
