@@ -32,22 +32,19 @@ struct Entry<V> {
 
 impl<V> Default for Index<V> {
     fn default() -> Self {
-        Self {
-            hasher: RandomState::default(),
-            last: HashMap::default(),
-            entries: Vec::default(),
-            prefix_lens: Default::default(),
-        }
+        Self::with_capacity(0)
+    }
+}
+
+impl<V> Index<V> {
+    /// Returns an empty index with memory for `count` keys, so that it does not leave holes as it grows.
+    pub(super) fn with_capacity(count: usize) -> Self {
+        let (last, entries) = (HashMap::with_capacity(count), Vec::with_capacity(count));
+        Self { hasher: RandomState::default(), last, entries, prefix_lens: Default::default() }
     }
 }
 
 impl<V: Copy> Index<V> {
-    /// Returns an empty index with memory for `count` keys, so that it does not leave holes as it grows.
-    pub(super) fn with_capacity(count: usize) -> Self {
-        let (last, entries) = (HashMap::with_capacity(count), Vec::with_capacity(count));
-        Self { last, entries, ..Self::default() }
-    }
-
     pub(super) fn insert(&mut self, space: u32, key: &[u8], value: V) {
         self.insert_key((space, key), value);
     }
@@ -68,7 +65,7 @@ impl<V: Copy> Index<V> {
     }
 
     fn hash(&self, key: impl Hash) -> u32 {
-        u32::try_from(self.hasher.hash_one(key) >> 32).unwrap_or_default()
+        (self.hasher.hash_one(key) >> 32) as u32
     }
 
     /// Returns the values of a key.
@@ -93,9 +90,18 @@ impl<V: Copy> Index<V> {
     fn find_key(&self, key: impl Hash) -> impl Iterator<Item = V> {
         // Most servers have no rules.
         let last = if self.entries.is_empty() { None } else { self.last.get(&self.hash(key)) };
-        let entry = |index: u32| usize::try_from(index).ok().and_then(|index| self.entries.get(index));
+        let entry = |index: u32| self.entries.get(to_index(index));
         let last = last.and_then(|last| entry(*last));
         let entries = std::iter::successors(last, move |found| entry(found.previous));
         entries.map(|entry| entry.value)
     }
+}
+
+/// Converts an index or an offset, which fits: a file of rules is much smaller than 4 GiB.
+pub(super) fn to_u32(index: usize) -> u32 {
+    u32::try_from(index).unwrap_or(u32::MAX)
+}
+
+pub(super) fn to_index(index: u32) -> usize {
+    index as usize
 }

@@ -95,8 +95,8 @@ impl Rules {
         }
     }
 
-    /// Returns the first entry of `to=` that matches no target, and its rule: an IPv6 prefix of an `allow`, which compares
-    /// the IPv4 address that each address of the prefix embeds.
+    /// Returns the first entry of `to=` that matches no target, and its rule: an IPv6 prefix of an `allow`, which
+    /// compares the IPv4 address that each address of the prefix embeds.
     pub fn unmatched_target(&self) -> Option<(&Rule, &str)> {
         let allows = self.user_rules.iter().filter(|rule| rule.conditions.allow);
         let targets = allows.flat_map(|rule| rule.targets().map(move |(_, target)| (rule, target)));
@@ -125,9 +125,9 @@ impl Rules {
         self.user_rules.iter().chain(built_in_with(false)).chain(built_in_with(true)).chain([&self.default_rule])
     }
 
-    /// Decides a request by the first rule that matches. `is_own_listener` detects the listeners of this server. The time
-    /// does not depend on the number of rules that differ only in `to=`, or in the networks of `from=`, or in the names
-    /// of `user=`.
+    /// Decides a request by the first rule that matches. `is_own_listener` detects the listeners of this server. The
+    /// time does not depend on the number of rules that differ only in `to=`, or in the networks of `from=`, or in the
+    /// names of `user=`.
     pub fn evaluate(&self, request: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Decision<'_> {
         let mut first = FirstRules::default();
         let match_target = |rule: &Rule| self.match_target(rule, request, is_own_listener);
@@ -152,9 +152,12 @@ impl Rules {
 
     /// Returns every route that an `allow` may still select for this request, without duplicates.
     pub fn possible_routes(&self, request: &AccessRequest<'_>) -> Vec<Route> {
+        self.routes(&self.possible_rules(request))
+    }
+
+    fn routes(&self, rules: &[&Rule]) -> Vec<Route> {
         let mut routes = Vec::new();
-        for rule in self.possible_rules(request).into_iter().filter(|rule| rule.conditions.allow) {
-            let route = self.route(rule);
+        for route in rules.iter().filter(|rule| rule.conditions.allow).map(|rule| self.route(rule)) {
             if !routes.contains(&route) {
                 routes.push(route);
             }
@@ -162,19 +165,16 @@ impl Rules {
         routes
     }
 
-    /// Returns the route of all targets that the rules may still allow, if there is only one. Rules after one that decides
-    /// about all targets are ignored.
+    /// Returns the route of all targets that the rules may still allow, if there is only one. Rules after one that
+    /// decides about all targets are ignored.
     pub fn only_route(&self, request: &AccessRequest<'_>) -> Option<Route> {
         let rules = self.possible_rules(request);
         let decides_all = |rule: &&Rule| {
             let has_all_targets = matches!(rule.to, TargetCondition::Any | TargetCondition::Unprotected);
             has_all_targets && rule.conditions.matches(request) == Match::Yes
         };
-        let count = rules.iter().position(decides_all).map_or(rules.len(), |last| last + 1);
-        let mut routes =
-            rules.into_iter().take(count).filter(|rule| rule.conditions.allow).map(|rule| self.route(rule));
-        let first = routes.next()?;
-        routes.all(|route| route == first).then_some(first)
+        let last = rules.iter().position(decides_all).unwrap_or(rules.len());
+        <[Route; 1]>::try_from(self.routes(rules.get(..=last).unwrap_or(&rules))).ok().map(|[only]| only)
     }
 
     /// Returns the rules that may still match, in order.
@@ -183,9 +183,8 @@ impl Rules {
         let match_target = |rule: &Rule| self.match_target(rule, request, &|_| false);
         self.search(request, false, &match_target, &mut |index, rule, matches| found.push((index, rule, matches)));
         let built_in = (self.user_rules.len()..).zip(&self.built_in);
-        found.extend(
-            built_in.map(|(index, rule)| (index, rule, rule.conditions.matches(request).min(match_target(rule)))),
-        );
+        let matches = |rule: &Rule| rule.conditions.matches(request).min(match_target(rule));
+        found.extend(built_in.map(|(index, rule)| (index, rule, matches(rule))));
         found.retain(|(.., matches)| *matches > Match::No);
         found.sort_by_key(|(index, ..)| *index);
         found.into_iter().map(|(_, rule, _)| rule).collect()

@@ -1,8 +1,8 @@
 //! Finds the rules that may decide a request, without a scan of all rules.
 //!
-//! A group has all rules with the same action and conditions, except for their targets. Its conditions are matched once.
-//! If they match, only three rules of the group can be the first that matches: one without `to=`, one that lists the
-//! target, and one that may list it because the target is not known yet.
+//! A group has all rules with the same action and conditions, except for their targets. Its conditions are matched
+//! once. If they match, only three rules of the group can be the first that matches: one without `to=`, one that lists
+//! the target, and one that may list it because the target is not known yet.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use super::conditions::{
 };
 use super::parse::parse_target;
 use super::rule::{Rule, TargetCondition};
-use crate::policy::index::Index;
+use crate::policy::index::{Index, to_index, to_u32};
 
 /// Space of the targets of groups without key.
 const NO_KEY: u32 = u32::MAX;
@@ -92,7 +92,7 @@ impl Groups {
     }
 
     fn add_group(&mut self, first: usize, conditions: &Arc<Conditions>) -> u32 {
-        let id = to_id(self.groups.len());
+        let id = to_u32(self.groups.len());
         match Key::of(conditions) {
             Key::None => self.without_key.push(id),
             Key::Nets => {
@@ -126,7 +126,7 @@ impl Groups {
         group.first_listed.get_or_insert(index);
         let space = if Key::of(&rule.conditions) == Key::None { NO_KEY } else { id };
         for (offset, target) in rule.targets() {
-            let value = Target { rule: to_id(index), offset };
+            let value = Target { rule: to_u32(index), offset };
             match parse_target(target) {
                 Ok(TargetPattern::Net(net)) => {
                     group.first_net.get_or_insert(index);
@@ -232,13 +232,4 @@ impl Search<'_> {
             found(index, is_listed.min(rule.conditions.matches(self.request)));
         }
     }
-}
-
-/// Converts an index of a rule or group. A file is too small for 2^32 of them.
-fn to_id(index: usize) -> u32 {
-    u32::try_from(index).unwrap_or(u32::MAX)
-}
-
-fn to_index(id: u32) -> usize {
-    usize::try_from(id).unwrap_or(usize::MAX)
 }

@@ -34,7 +34,6 @@ const FOREIGN_KEYS: [(&str, &str); 9] = [
     ("username", "user"),
     ("cmd", "command"),
 ];
-const QUOTES: &str = "remove the quotes (a quote in a user name is %22 or %27)";
 /// Words after `allow` or `deny` that other programs require for a rule without conditions.
 const ANY: [&str; 3] = ["all", "any", "*"];
 
@@ -77,15 +76,14 @@ impl Parser<'_> {
         let (mut keys, mut last) = (Vec::new(), action);
         for word in words {
             let (key, value) = split_condition(word, action)?;
-            // The value of via= may be a URL with a password, so the word is not shown.
-            let shown = || if key == "via" { "via=".into() } else { excerpt(word) };
-            let with_word = |problem: String| format!("{}: {problem}", shown());
-            if keys.contains(&key) {
-                return Err(with_word("duplicate key (lists are comma-separated)".into()));
+            let duplicate = keys.contains(&key).then_some("duplicate key (lists are comma-separated)");
+            if let Some(problem) = duplicate.or(value_problem(value)) {
+                // The value of via= may be a URL with a password, so the word is not shown.
+                let word = if key == "via" { "via=".into() } else { excerpt(word) };
+                return Err(format!("{word}: {problem}"));
             }
+            conditions.set(key, value, self.hops)?;
             keys.push(key);
-            check_value(value).map_err(|problem| with_word(problem.into()))?;
-            conditions.set(key, value, self.hops).map_err(with_word)?;
             last = word;
         }
         let to = match allow {
@@ -98,12 +96,9 @@ impl Parser<'_> {
     }
 
     fn share(&mut self, conditions: Conditions) -> Arc<Conditions> {
-        if let Some(shared) = self.conditions.get(&conditions) {
-            return shared.clone();
-        }
-        let new = Arc::new(conditions);
-        self.conditions.insert(new.clone());
-        new
+        let shared = self.conditions.get(&conditions).cloned().unwrap_or_else(|| conditions.into());
+        self.conditions.insert(shared.clone());
+        shared
     }
 }
 
@@ -127,38 +122,38 @@ fn excerpt(word: &str) -> String {
     }
 }
 
-/// Refuses values that would be taken literally and then match nothing.
-fn check_value(value: &str) -> Result<(), &'static str> {
-    value.split(',').try_for_each(|entry| match entry.as_bytes() {
-        [] => Err("empty value (values and lists have no spaces)"),
-        bytes if bytes.len() > MAX_ENTRY => Err("an entry is longer than 1000 bytes"),
-        [b'\'', ..] => Err(QUOTES),
-        _ if entry.contains(['"', '“', '”']) => Err(QUOTES),
-        _ if entry.contains('#') => Err("a comment requires a space before its # (a # in a user name is %23)"),
-        _ => Ok(()),
+/// Returns the problem of a value that would be taken literally and then match nothing.
+fn value_problem(value: &str) -> Option<&'static str> {
+    value.split(',').find_map(|entry| match entry.as_bytes() {
+        [] => Some("empty value (values and lists have no spaces)"),
+        bytes if bytes.len() > MAX_ENTRY => Some("an entry is longer than 1000 bytes"),
+        [b'\'', ..] => Some("remove the quotes (a quote in a user name is %22 or %27)"),
+        _ if entry.contains(['"', '“', '”']) => Some("remove the quotes (a quote in a user name is %22 or %27)"),
+        _ if entry.contains('#') => Some("a comment requires a space before its # (a # in a user name is %23)"),
+        _ => None,
     })
 }
 
 impl Conditions {
     /// Sets one condition. The targets of `to=` are only checked.
     fn set(&mut self, key: &str, value: &str, hops: &[String]) -> Result<(), String> {
-        match key {
-            "from" => self.from = parse_list(value, parse_client)?,
-            "user" => self.users = parse_list(value, parse_user)?,
-            "method" => self.methods = parse_list(value, str::parse)?,
-            "protection" => self.levels = parse_list(value, str::parse)?,
-            "command" => self.commands = parse_list(value, str::parse)?,
-            "to" => value.split(',').try_for_each(|target| parse_target(target).map(drop))?,
-            "port" => self.ports = parse_list(value, parse_ports)?,
-            "via" if self.allow => self.via = Some(parse_route(value, hops)?),
-            "via" => return Err("only valid with allow".into()),
+        let set = match key {
+            "from" => parse_list(value, parse_client).map(|list| self.from = list),
+            "user" => parse_list(value, parse_user).map(|list| self.users = list),
+            "method" => parse_list(value, str::parse).map(|list| self.methods = list),
+            "protection" => parse_list(value, str::parse).map(|list| self.levels = list),
+            "command" => parse_list(value, str::parse).map(|list| self.commands = list),
+            "to" => value.split(',').try_for_each(|target| parse_target(target).map(drop)),
+            "port" => parse_list(value, parse_ports).map(|list| self.ports = list),
+            "via" if self.allow => parse_route(value, hops).map(|route| self.via = Some(route)),
+            "via" => Err("only valid with allow".into()),
             _ => {
                 let own = FOREIGN_KEYS.iter().find(|(foreign, _)| *foreign == key);
                 let hint = own.map_or(format!("keys are {KEYS}"), |(_, own)| format!("write {own}="));
-                return Err(format!("unknown key {key:?} ({hint})"));
+                return Err(format!("unknown key {} ({hint})", excerpt(key)));
             }
-        }
-        Ok(())
+        };
+        set.map_err(|problem| format!("{key}=: {problem}"))
     }
 }
 
@@ -222,7 +217,9 @@ pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
     let last = labels.rsplit('.').next().unwrap_or_default();
     let is_numeric = last.chars().all(|c| c.is_ascii_digit()) || last.starts_with("0x");
     match suffix {
-        _ if labels.len() > MAX_HOST_NAME_LEN => Err(format!("a name has at most {MAX_HOST_NAME_LEN} bytes")),
+        _ if labels.len() > MAX_HOST_NAME_LEN => {
+            Err(format!("a name has at most {MAX_HOST_NAME_LEN} bytes, found {}", excerpt(text)))
+        }
         _ if !has_valid_labels || is_numeric => {
             Err(format!("expected a name, a .suffix, an address or a CIDR such as 192.0.2.0/24, found {text:?}"))
         }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::conditions::{Conditions, UserPattern};
+use crate::policy::index::{to_index, to_u32};
 
 /// Maximum length of a rule in messages, in bytes: a rule can have a list of many thousand targets.
 const MAX_SHOWN: usize = 500;
@@ -96,12 +97,12 @@ impl Rule {
 
     /// Returns the entry of `to=` at this offset.
     pub(super) fn target_at(&self, offset: u32) -> &str {
-        let rest = self.source.text.get(index(offset)..index(self.range.1)).unwrap_or_default();
+        let rest = self.source.text.get(to_index(offset)..to_index(self.range.1)).unwrap_or_default();
         rest.split(|c: char| c == ',' || c.is_whitespace()).next().unwrap_or_default()
     }
 
     fn raw_text(&self) -> &str {
-        self.source.text.get(index(self.range.0)..index(self.range.1)).unwrap_or_default()
+        self.source.text.get(to_index(self.range.0)..to_index(self.range.1)).unwrap_or_default()
     }
 }
 
@@ -130,14 +131,4 @@ impl Source {
     fn offset(&self, part: &str) -> u32 {
         to_u32(part.as_ptr().addr().saturating_sub(self.text.as_ptr().addr()))
     }
-}
-
-/// Converts an offset, which fits: files are much smaller than 4 GiB.
-fn to_u32(offset: usize) -> u32 {
-    u32::try_from(offset).unwrap_or(u32::MAX)
-}
-
-/// Converts an offset, which always fits.
-fn index(offset: u32) -> usize {
-    usize::try_from(offset).unwrap_or(usize::MAX)
 }
