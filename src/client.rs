@@ -2,7 +2,6 @@
 //!
 //! A [`ClientError`] names the proxy, the phase and the cause; `cmd` maps it to an exit status.
 
-mod address;
 mod association;
 mod error;
 mod peer_socket;
@@ -17,23 +16,23 @@ use std::time::{Duration, Instant};
 use crate::conn::{Conn, Protection, ReadError};
 use crate::gssapi::ffi::Credential;
 use crate::gssapi::{GssapiError, Initiator};
+use crate::name_addrs::MAX_ADDRS;
 use crate::net::{
-    self, DialError, DialLimits, LocalAddr, MAX_ADDRS_TRIED, Unlimited, canonical, connect_unix, dial, set_keepalive,
-    timeout_at,
+    self, DialError, DialLimits, LocalAddr, Unlimited, canonical, connect_unix, dial, set_keepalive, timeout_at,
 };
 use crate::proto::{
     self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
     Request,
 };
-pub use address::{parse_addr, parse_addr_or_host, parse_port};
 pub use association::Association;
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
-pub use proxy::{Endpoint, Proxy, check_credentials, parse_hops};
+pub use proxy::{Endpoint, Proxy, check_credentials, parse_addr, parse_addr_or_host, parse_hops, parse_port};
 
 /// Settings of all handshakes, with any proxy and target. User names and passwords are part of each [`Proxy`].
 #[derive(Clone, Debug, Default)]
 pub struct ClientOptions {
-    /// Methods to offer to all proxies, in this order. `None`: `none`, plus each method for which there are credentials.
+    /// Methods to offer to all proxies, in this order. `None`: `none`, plus each method for which there are
+    /// credentials.
     pub methods: Option<Vec<Method>>,
     /// Settings for GSSAPI. `None`: GSSAPI is not offered.
     pub gssapi: Option<Initiator>,
@@ -152,7 +151,7 @@ impl Client {
 
     async fn try_targets(&self, command: Command, targets: Vec<Addr>) -> Result<(Conn, Addr, Addr), ClientErrorKind> {
         let mut last_error = DialError::NameNotFound.into();
-        for dst in targets.into_iter().take(MAX_ADDRS_TRIED) {
+        for dst in targets.into_iter().take(MAX_ADDRS) {
             let (mut conn, _) = self.open_hops(self.hops.len()).await?;
             match self.send_request(&mut conn, command, &dst).await {
                 // Another address of the target may succeed.
@@ -194,7 +193,8 @@ impl Client {
         Ok(Conn::Tcp(io))
     }
 
-    /// Waits for the second reply to BIND, until the deadline if `has_deadline` is set. Returns its BND, the peer's address.
+    /// Waits for the second reply to BIND, until the deadline if `has_deadline` is set. Returns its BND, the peer's
+    /// address.
     pub async fn wait_for_peer(&self, conn: &mut Conn, has_deadline: bool) -> Result<Addr, ClientError> {
         self.enter_phase(Phase::Accept);
         let started = Instant::now();
@@ -222,8 +222,8 @@ impl Client {
         result.map_err(|kind| self.error_at_position(kind))
     }
 
-    /// Connects to the first `count` hops, each through the one before it, and logs in. Returns the connection to the last
-    /// of them, and its GSSAPI protection.
+    /// Connects to the first `count` hops, each through the one before it, and logs in. Returns the connection to the
+    /// last of them, and its GSSAPI protection.
     async fn open_hops(&self, count: usize) -> Result<(Conn, Option<Protection>), ClientErrorKind> {
         let mut last: Option<Conn> = None;
         let mut protection = None;

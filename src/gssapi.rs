@@ -101,8 +101,9 @@ impl Acceptor {
         Ok(Self { credential, levels })
     }
 
-    /// Establishes a context with the client on `conn` after the server has selected GSSAPI. Waits for `thread` before it
-    /// accepts a token, which takes CPU time. The caller sets the deadline, and sends [`Frame::Abort`] after an error.
+    /// Establishes a context with the client on `conn` after the server has selected GSSAPI. Waits for `thread` before
+    /// it accepts a token, which takes CPU time. The caller sets the deadline, and sends [`Frame::Abort`] after an
+    /// error.
     pub async fn accept<T: Send + 'static>(
         &self,
         conn: &mut Conn,
@@ -327,28 +328,5 @@ fn unwrap_level(context: &mut GssContext, token: &mut [u8]) -> GssapiResult<u8> 
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Read as _;
-    use std::os::unix::net::UnixStream;
-
-    use super::*;
-    use crate::net::Io;
-
-    #[test]
-    fn token_that_len_cannot_express_is_an_error_and_is_not_sent() {
-        let (near, mut far) = UnixStream::pair().expect("socket pair created");
-        near.set_nonblocking(true).expect("option set");
-        let sent = crate::net::reactor::run(async {
-            let mut conn = Conn::Unix(Io::new(near.into()).expect("socket registered"));
-            let too_long = send_frame(&mut conn, Frame::Authentication(vec![0; 65_536])).await;
-            (too_long, send_frame(&mut conn, Frame::Authentication(vec![7])).await)
-        });
-        let (too_long, next) = sent.expect("the reactor runs");
-        let error = too_long.expect_err("too long").to_string();
-        assert_eq!(error, "GSSAPI: token of 65536 bytes is too long (at most 65535)");
-        next.expect("sent");
-        let mut received = Vec::new();
-        far.read_to_end(&mut received).expect("read");
-        assert_eq!(received, [1, 1, 0, 1, 7]);
-    }
-}
+#[path = "../tests/unit/gssapi.rs"]
+mod tests;

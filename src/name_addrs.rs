@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 /// Time from the first unanswered datagram to an address to the use of the next address.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time between two lookups of a name. Replaces [`ANSWER_TIMEOUT`] for an address that has answered: many protocols send
-/// for some time without an answer.
+/// Time between two lookups of a name. Replaces [`ANSWER_TIMEOUT`] for an address that has answered: many protocols
+/// send for some time without an answer.
 pub const LOOKUP_INTERVAL: Duration = Duration::from_secs(60);
-/// Maximum number of addresses of a name. Further ones are ignored.
+/// Maximum number of addresses of a name that are tried. Further ones are ignored.
 pub const MAX_ADDRS: usize = 16;
 /// Maximum number of ports of a name with a state of their own. Above it, the oldest is forgotten.
 const MAX_PORTS: usize = 8;
@@ -158,9 +158,9 @@ fn with_port(mut addr: SocketAddr, port: u16) -> SocketAddr {
     addr
 }
 
-/// Alternates the families, and keeps the order within each (RFC 8305 section 4), so that a family without a route costs
-/// one second and not one for each address.
-fn alternate_families(addrs: &[SocketAddr]) -> Vec<SocketAddr> {
+/// Alternates the families, starting with the first one, and keeps the order within each (RFC 8305 section 4). So a
+/// family without a route costs one second and not one for each address. Returns at most [`MAX_ADDRS`].
+pub fn alternate_families(addrs: &[SocketAddr]) -> Vec<SocketAddr> {
     let is_first_family = |addr: &&SocketAddr| addrs.first().is_some_and(|first| first.is_ipv4() == addr.is_ipv4());
     let (mut first, mut second) =
         (addrs.iter().filter(is_first_family), addrs.iter().filter(|addr| !is_first_family(addr)));

@@ -17,9 +17,8 @@ pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
 pub use datagrams::{DATAGRAM_BUFFER_SIZE, retry_refused};
 pub use descriptors::{MAX_DESCRIPTORS, receive_descriptors, send_descriptors, take_descriptor};
 pub use dial::{
-    DialError, DialLimits, LimitGuard, LocalAddr, MAX_ADDRS_TRIED, SHORT_KEEPALIVE_TIME, Unlimited, bind_error,
-    connect_unix, dial, set_keepalive, set_reset_after_delivery, set_tcp_options, shorten_keepalive, unspecified,
-    with_scope,
+    DialError, DialLimits, LimitGuard, LocalAddr, SHORT_KEEPALIVE_TIME, Unlimited, bind_error, connect_unix, dial,
+    set_keepalive, set_reset_after_delivery, set_tcp_options, shorten_keepalive, unspecified, with_scope,
 };
 pub use rate_limit::{RateLimit, TokenBucket};
 pub use reactor::{Interest, wake_later, yield_now};

@@ -257,7 +257,8 @@ async fn reload(server: &Weak<Server>, loaded: Result<Configuration, String>) {
             let users = policy.users.as_ref().map_or(0, |users| users.len());
             let rules = policy.rules.user_rules().len();
             server.policy.replace(policy);
-            // The sessions that wait recheck themselves now. A session in the middle of another step does it after that.
+            // The sessions that wait recheck themselves now. A session in the middle of another step does it after
+            // that.
             server.workers.wake_all().await;
             let closed = server.policy.closed_sessions.load(Ordering::Relaxed);
             log::info!("reload: users: {users}, rules: {rules}, sessions closed: {closed}");
@@ -308,8 +309,8 @@ fn spare_descriptors(limit: u64) -> Vec<OwnedFd> {
 }
 
 /// Handles signals until [`wait_end_signal`] returns. Then stops accepting, and returns when all sessions have ended,
-/// after `drain`, or at a second SIGTERM or SIGINT. Returns the error of a worker that ends earlier, and of the stream of
-/// signals: a supervisor would not notice a server that runs without one of its threads, or that no signal ends.
+/// after `drain`, or at a second SIGTERM or SIGINT. Returns the error of a worker that ends earlier, and of the stream
+/// of signals: a supervisor would not notice a server that runs without one of its threads, or that no signal ends.
 async fn run_until_shutdown(
     mut signals: Signals,
     terminal: &Terminal,
@@ -360,8 +361,8 @@ async fn run_until_shutdown(
     drained.or(timeout).or(second_signal).await
 }
 
-/// Returns at SIGTERM or SIGINT, or at a SIGHUP for which `hang_up` returns true. Logs the counters at SIGUSR1, even with
-/// `--quiet`: the line was asked for.
+/// Returns at SIGTERM or SIGINT, or at a SIGHUP for which `hang_up` returns true. Logs the counters at SIGUSR1, even
+/// with `--quiet`: the line was asked for.
 async fn wait_end_signal(signals: &mut Signals, hang_up: impl AsyncFn() -> bool) -> Result<(), ServerError> {
     while let Some(signal) = signals.next().await {
         match signal.map_err(ServerError::io("wait for a signal"))? {

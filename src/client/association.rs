@@ -127,7 +127,8 @@ impl Association {
         LossCounts { incomplete, invalid: self.invalid.get(), overflowed }
     }
 
-    /// Sends one datagram to the target of the client, in fragments if the headers do not fit. Poll for answers after it.
+    /// Sends one datagram to the target of the client, in fragments if the headers do not fit. Poll for answers after
+    /// it.
     ///
     /// # Errors
     /// Errors from the socket; `InvalidInput` if the payload is larger than a UDP datagram.
@@ -139,8 +140,8 @@ impl Association {
         Ok(())
     }
 
-    /// Returns true if datagrams from this address are from the target. The addresses of a target that the proxy resolves
-    /// are not known: then all are.
+    /// Returns true if datagrams from this address are from the target. The addresses of a target that the proxy
+    /// resolves are not known: then all are.
     pub fn is_from_target(&self, from: &Addr) -> bool {
         match &self.target {
             Some(target) => target.contains(from),
@@ -175,7 +176,8 @@ impl Association {
                 if let Some(protection) = &hop.protection {
                     *bytes = protection.wrap(bytes)?;
                 }
-                // The hop before this one sends the datagram to this relay; to the first relay, the socket is connected.
+                // The hop before this one sends the datagram to this relay; to the first relay, the socket is
+                // connected.
                 if i > 0 {
                     *bytes = encode_datagram(&hop.relay, bytes);
                 }
@@ -224,7 +226,8 @@ impl Association {
         })
     }
 
-    /// Receives one datagram from `peer`. `None` if it is invalid, or a fragment of a datagram that is not yet complete.
+    /// Receives one datagram from `peer`. `None` if it is invalid, or a fragment of a datagram that is not yet
+    /// complete.
     fn receive(&self, peer: SocketAddr, socket: &UdpSocket) -> io::Result<Option<(Addr, Vec<u8>)>> {
         BUFFER.with_borrow_mut(|buffer| {
             let n = self.socket.receive(peer, socket, buffer)?;

@@ -361,8 +361,8 @@ pub struct PendingContext {
 }
 
 impl PendingContext {
-    /// Creates a context with `service` (`service@host` or a principal), and its token for the acceptor. Requests mutual
-    /// authentication, integrity, replay detection and `flags`. Never delegates the credential.
+    /// Creates a context with `service` (`service@host` or a principal), and its token for the acceptor. Requests
+    /// mutual authentication, integrity, replay detection and `flags`. Never delegates the credential.
     pub fn new(credential: Arc<Credential>, service: &str, flags: u32) -> LibraryResult<(Self, Vec<u8>)> {
         let requested = flags | GSS_C_MUTUAL_FLAG | GSS_C_REPLAY_FLAG | GSS_C_INTEG_FLAG;
         let context = GssContext { object: Object::new(Kind::Context)?, flags: 0 };

@@ -28,7 +28,8 @@ use batch::{MAX_MESSAGES, MAX_SEGMENTS};
 
 /// SO_RCVBUF and SO_SNDBUF in bytes, for bursts. The kernel may grant less.
 const SOCKET_BUFFER_SIZE: usize = 1 << 20;
-/// Size in bytes of the control message of an ICMP error: a header, `sock_extended_err` and an IPv6 address, rounded up.
+/// Size in bytes of the control message of an ICMP error: a header, `sock_extended_err` and an IPv6 address, rounded
+/// up.
 const ERROR_CONTROL_LEN: usize = 128;
 
 /// A datagram socket, registered with the reactor of its thread.
@@ -48,18 +49,9 @@ pub(crate) struct BatchSocket {
 }
 
 impl BatchSocket {
-    /// Binds a socket with large buffers. An IPv6 socket receives no IPv4 traffic.
-    pub(crate) fn bind(local: SocketAddr) -> io::Result<Self> {
-        Self::bind_with(local, false)
-    }
-
-    /// Like [`BatchSocket::bind`], but more sockets of this user can be bound to the address. The kernel selects one that
-    /// is connected to the sender.
-    pub(crate) fn bind_shared(local: SocketAddr) -> io::Result<Self> {
-        Self::bind_with(local, true)
-    }
-
-    fn bind_with(local: SocketAddr, is_shared: bool) -> io::Result<Self> {
+    /// Binds a socket with large buffers. An IPv6 socket receives no IPv4 traffic. If `is_shared` is set, more sockets
+    /// of this user can be bound to the address. The kernel selects one that is connected to the sender.
+    pub(crate) fn bind(local: SocketAddr, is_shared: bool) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(local), Type::DGRAM, None)?;
         // SO_REUSEADDR would let other users take over the port.
         socket.set_reuse_port(is_shared)?;

@@ -21,13 +21,12 @@ use socket2::{SockRef, Socket, TcpKeepalive};
 use super::reactor::Interest;
 use super::socket::Io;
 use super::timer::{sleep, sleep_until, timeout_at};
+use crate::name_addrs::alternate_families;
 
 /// Time after which [`dial`] tries the next address: the Connection Attempt Delay of RFC 8305 section 5.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// Attempts of one connection that run at the same time. Each but the last few has a second.
 const MAX_ATTEMPTS: usize = 4;
-/// Addresses of a name that are tried for one connection.
-pub const MAX_ADDRS_TRIED: usize = 16;
 /// Time without a packet after which a peer that has ended its stream is probed.
 pub const SHORT_KEEPALIVE_TIME: Duration = Duration::from_secs(5);
 /// Pause before connecting again to a Unix socket whose backlog is full.
@@ -176,9 +175,9 @@ pub struct Unlimited;
 
 impl DialLimits for Unlimited {}
 
-/// Connects to the first of `addrs` that accepts (RFC 8305), and returns it too. Address families alternate, and at most
-/// [`MAX_ADDRS_TRIED`] are tried. The next attempt starts after 250 ms, or at once if one fails. If too many are running, it
-/// replaces the oldest. Sets the options of [`set_tcp_options`], but leaves keepalive to the caller.
+/// Connects to the first of `addrs` that accepts (RFC 8305), and returns it too. [`alternate_families`] determines
+/// their order. The next attempt starts after 250 ms, or at once if one fails. If too many are running, it replaces the
+/// oldest. Sets the options of [`set_tcp_options`], but leaves keepalive to the caller.
 ///
 /// # Errors
 /// The most specific error of all attempts. Attempts that are still running at `deadline` count as timed out.
@@ -194,8 +193,8 @@ pub async fn dial(
     {
         return timeout_at(deadline, attempt(*addr, local)).await.unwrap_or(Err(DialError::TimedOut));
     }
-    let mut queue = interleave(addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect());
-    queue.truncate(MAX_ADDRS_TRIED);
+    let reachable: Vec<SocketAddr> = addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect();
+    let mut queue = VecDeque::from(alternate_families(&reachable));
     let mut attempts = VecDeque::new();
     let mut most_specific = None;
     loop {
@@ -301,22 +300,6 @@ async fn first_done(attempts: &mut Attempts) -> Result<Dialed, DialError> {
     .await
 }
 
-/// Alternates the address families, and keeps the resolver's order within each (RFC 8305 section 4).
-fn interleave(addrs: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
-    let first_is_v6 = addrs.first().is_some_and(SocketAddr::is_ipv6);
-    let (first, second): (Vec<_>, Vec<_>) = addrs.into_iter().partition(|addr| addr.is_ipv6() == first_is_v6);
-    let (mut first, mut second) = (first.into_iter(), second.into_iter());
-    let mut mixed = VecDeque::new();
-    loop {
-        let pair = (first.next(), second.next());
-        if pair == (None, None) {
-            return mixed;
-        }
-        mixed.extend(pair.0);
-        mixed.extend(pair.1);
-    }
-}
-
 /// Sets the options of a connection, or of a listener, whose connections inherit them. Failures are only logged.
 ///
 /// - TCP_NODELAY: small messages are not delayed.
@@ -327,15 +310,17 @@ pub fn set_tcp_options(socket: &impl AsFd) {
     set_keepalive(socket);
 }
 
-/// Makes the kernel detect an unreachable peer by 6 probes, 15 s apart, after 60 s of silence. Failures are only logged.
+/// Makes the kernel detect an unreachable peer by 6 probes, 15 s apart, after 60 s of silence. Failures are only
+/// logged.
 pub fn set_keepalive(socket: &impl AsFd) {
     let keepalive =
         TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15)).with_retries(6);
     log_failure(SockRef::from(socket).set_tcp_keepalive(&keepalive));
 }
 
-/// Shortens keepalive, which is already set, for a peer that has ended its stream: the kernel detects within 65 s that the
-/// peer is unreachable, and that the peer's kernel has forgotten the connection, which Linux does 60 s after a close.
+/// Shortens keepalive, which is already set, for a peer that has ended its stream: the kernel detects within 65 s that
+/// the peer is unreachable, and that the peer's kernel has forgotten the connection, which Linux does 60 s after a
+/// close.
 pub fn shorten_keepalive(socket: &impl AsFd) {
     let set = || {
         sockopt::set_tcp_keepidle(socket, SHORT_KEEPALIVE_TIME)?;
@@ -351,8 +336,8 @@ struct Linger2;
 
 setsockopt_impl!(Linger2, libc::IPPROTO_TCP, libc::TCP_LINGER2, i32, SetStruct<'_, i32>);
 
-/// Makes the kernel reset the connection after the next close, as soon as the peer has acknowledged all data and the end of
-/// the stream. Failures are only logged.
+/// Makes the kernel reset the connection after the next close, as soon as the peer has acknowledged all data and the
+/// end of the stream. Failures are only logged.
 pub fn set_reset_after_delivery(socket: &impl AsFd) {
     log_failure(Linger2.set(&socket.as_fd(), &-1).map_err(io::Error::from));
 }
@@ -366,17 +351,5 @@ fn set_stream_options(socket: &impl AsFd) -> io::Result<()> {
 fn log_failure(result: io::Result<()>) {
     if let Err(error) = result {
         log::debug!("cannot set socket options: {error}");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn address_families_alternate_starting_with_the_resolvers_first_address() {
-        let addrs = ["[::1]:1", "[::2]:1", "[::3]:1", "10.0.0.1:1"].map(|a| a.parse().expect("an address"));
-        let order: Vec<String> = interleave(addrs.to_vec()).iter().map(ToString::to_string).collect();
-        assert_eq!(order, ["[::1]:1", "10.0.0.1:1", "[::2]:1", "[::3]:1"]);
     }
 }

@@ -31,8 +31,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Time after which dst gets TCP keepalive, which takes four system calls and sends the first probe after 60 s. Most
 /// tunnels end before that. After the end of a stream, its peer gets a shorter keepalive at the first check.
 const KEEPALIVE_DELAY: Duration = Duration::from_secs(45);
-/// If dst is gone this long after the last byte, it has received all bytes: a lost one would have caused a reset earlier.
-/// A reset takes up to 3 s for each proxy that it passes.
+/// If dst is gone this long after the last byte, it has received all bytes: a lost one would have caused a reset
+/// earlier. A reset takes up to 3 s for each proxy that it passes.
 const LOSS_WINDOW: Duration = Duration::from_secs(10);
 
 /// Bytes relayed so far, readable while the relay runs.
@@ -161,8 +161,8 @@ pub enum RelayError {
     /// dst has ended its stream and accepts no more bytes. dst has been reset, the client has not. The caller must wait
     /// for [`UNDELIVERED_GRACE`] before it closes the client's stream, or the client can lose the last bytes.
     Undelivered(io::Error),
-    /// dst has ended its stream, and is gone now. Nothing is lost. dst has been reset; the client is reset when its stream
-    /// is closed, after it has received all data.
+    /// dst has ended its stream, and is gone now. Nothing is lost. dst has been reset; the client is reset when its
+    /// stream is closed, after it has received all data.
     DstGone,
 }
 
@@ -192,8 +192,8 @@ pub type RelayResult = Result<RelayOutcome, RelayError>;
 /// `may_continue` is called at each poll; the relay ends when it returns false.
 ///
 /// Both streams are reset on each error except [`RelayError::Undelivered`] and [`RelayError::DstGone`], and when the
-/// future is dropped before it completes. A reset by a peer is detected within a second, also on a side that is not being
-/// read. TCP keepalive detects that a peer is gone.
+/// future is dropped before it completes. A reset by a peer is detected within a second, also on a side that is not
+/// being read. TCP keepalive detects that a peer is gone.
 pub fn relay<'a, C, D>(
     client: &'a mut C,
     dst: &'a mut D,

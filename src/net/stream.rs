@@ -35,8 +35,8 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
         false
     }
 
-    /// Returns whether the peer has closed the stream, and not only its own direction. Call it only after the end of the
-    /// peer's direction, and before that of the other one.
+    /// Returns whether the peer has closed the stream, and not only its own direction. Call it only after the end of
+    /// the peer's direction, and before that of the other one.
     fn is_closed(&self) -> bool {
         self.is_reset()
     }

@@ -34,8 +34,8 @@ impl HostName {
         &self.0
     }
 
-    /// Returns true for an address or a host name: labels of ASCII letters, digits, `-` and `_` that do not begin with `-`
-    /// (RFC 1123 section 2.1). So it is safe in a file, a variable or a command line. Its length is not checked.
+    /// Returns true for an address or a host name: labels of ASCII letters, digits, `-` and `_` that do not begin with
+    /// `-` (RFC 1123 section 2.1). So it is safe in a file, a variable or a command line. Its length is not checked.
     pub fn is_plain(&self) -> bool {
         let is_label_char = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         let is_label = |label: &str| !label.is_empty() && !label.starts_with('-') && label.chars().all(is_label_char);
@@ -113,8 +113,8 @@ impl Addr {
         Self::parse_with(text, Some(default_port), parse_port)
     }
 
-    /// Like [`Addr::parse_with_default_port`]. `parse_port` may accept more than numbers. Without a default, the port is
-    /// required.
+    /// Like [`Addr::parse_with_default_port`]. `parse_port` may accept more than numbers. Without a default, the port
+    /// is required.
     pub fn parse_with(
         text: &str,
         default_port: Option<u16>,

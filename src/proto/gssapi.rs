@@ -51,8 +51,8 @@ impl Frame {
         bytes.get_mut(FRAME_HEADER_LEN..).filter(|_| is_whole)
     }
 
-    /// Returns the length of the data frame at the start of `bytes`, in bytes; `None` if its header is incomplete. Fails
-    /// if `bytes` start with a message of another type or version.
+    /// Returns the length of the data frame at the start of `bytes`, in bytes; `None` if its header is incomplete.
+    /// Fails if `bytes` start with a message of another type or version.
     pub fn data_frame_len(bytes: &[u8]) -> Result<Option<usize>, ProtocolError> {
         match *bytes {
             [version, ..] if version != AUTH_VERSION => Err(ProtocolError::AuthVersion(version)),

@@ -169,8 +169,8 @@ impl AssociationRelay<'_> {
         has_more | self.relay_from_upstreams(cx, now)
     }
 
-    /// Records the ICMP errors that a socket has received about addresses of names. Returns true if it has sent a datagram
-    /// to another address, perhaps through a new socket, which has not been polled yet.
+    /// Records the ICMP errors that a socket has received about addresses of names. Returns true if it has sent a
+    /// datagram to another address, perhaps through a new socket, which has not been polled yet.
     fn record_unreachable(&mut self, family: usize) -> bool {
         let mut has_sent = false;
         while let Some(Some(socket)) = self.egress.sockets.get(family)
@@ -269,7 +269,8 @@ impl AssociationRelay<'_> {
         self.session.policy.authorize(&with_target(self.session.log.client_request(), dst))
     }
 
-    /// Returns the route to an address, or `None` if it is denied. `name` is the name that the client has sent to, if any.
+    /// Returns the route to an address, or `None` if it is denied. `name` is the name that the client has sent to, if
+    /// any.
     fn route_to_addr(&self, addr: SocketAddr, name: Option<&HostName>) -> Option<Route> {
         let request = AccessRequest { target_name: name, ..with_addr(self.session.log.client_request(), addr) };
         self.session.policy.authorize(&request).ok()?

@@ -174,8 +174,8 @@ impl ExpectedPeer {
     }
 }
 
-/// Listens at `local`, an address that the peer can reach. Returns the listener and BND. Binds all addresses if peers of both
-/// families are expected, or if BND is an advertised address, since this host may not have it.
+/// Listens at `local`, an address that the peer can reach. Returns the listener and BND. Binds all addresses if peers
+/// of both families are expected, or if BND is an advertised address, since this host may not have it.
 async fn listen_for_peer(
     session: &Session,
     mut local: SocketAddr,

@@ -53,8 +53,8 @@ impl Handshakes {
         lock(&self.unfinished).last_number
     }
 
-    /// Ends a handshake if the limit is reached. Returns false, and ends none, if another one has begun after `latest`: it
-    /// may be that of the connection that needed room.
+    /// Ends a handshake if the limit is reached. Returns false, and ends none, if another one has begun after `latest`:
+    /// it may be that of the connection that needed room.
     pub(super) fn make_room(&self, latest: u64) -> bool {
         let mut unfinished = lock(&self.unfinished);
         if unfinished.last_number != latest {

@@ -119,8 +119,8 @@ impl Limiter {
         ])
     }
 
-    /// Counts two more descriptors of a session as one more session. `--max-per-client` is a number of sessions, and does not
-    /// count it.
+    /// Counts two more descriptors of a session as one more session. `--max-per-client` is a number of sessions, and
+    /// does not count it.
     pub(super) fn count_descriptors(&self, client: ClientKey) -> Option<ShareGuard> {
         match self.quotas.sessions_per_client {
             Some(_) => self.sessions.try_acquire(None),

@@ -106,8 +106,8 @@ impl ListenAddr {
         })
     }
 
-    /// Binds all addresses. Skips a family that this machine does not have if the other one can be bound. An error has the
-    /// address that it is about.
+    /// Binds all addresses. Skips a family that this machine does not have if the other one can be bound. An error has
+    /// the address that it is about.
     pub(super) fn bind(&self) -> Result<Vec<Listener>, (String, io::Error)> {
         let name_self = |error| (self.to_string(), error);
         if let Self::Unix(path) = self {

@@ -15,8 +15,8 @@ const MAX_PORTS_TRIED: u64 = 1024;
 const PORTS_TRIED_PER_TURN: usize = 64;
 const LOOPBACK_MTU: u32 = 65_536;
 
-/// Returns the local address, with port 0, at which `peer` can reach the listener of BIND: the one on the route to it. The
-/// session's client has connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that
+/// Returns the local address, with port 0, at which `peer` can reach the listener of BIND: the one on the route to it.
+/// The session's client has connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that
 /// family: one on this host if the client is, else the default route leads to it.
 pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: SocketAddr) -> io::Result<SocketAddr> {
     let loopback: IpAddr = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
@@ -63,8 +63,8 @@ pub fn is_local(mut addr: SocketAddr) -> bool {
     !matches!(refused, Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
 }
 
-/// Returns true if a local route of IPv6 leads to `addr`, for example to all addresses of a prefix (AnyIP): bind(2) refuses
-/// such addresses. The path then has the MTU of the loopback device, which no other device has.
+/// Returns true if a local route of IPv6 leads to `addr`, for example to all addresses of a prefix (AnyIP): bind(2)
+/// refuses such addresses. The path then has the MTU of the loopback device, which no other device has.
 fn is_delivered_locally(mut addr: SocketAddr) -> bool {
     addr.set_port(9);
     let probe = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0));

@@ -47,7 +47,8 @@ pub(super) struct LoginThrottle<K> {
 }
 
 struct FailedLogins {
-    /// Times of the failures without a delay, within [`FAILURE_WINDOW`]. With [`FREE_FAILURES`], the logins wait for turns.
+    /// Times of the failures without a delay, within [`FAILURE_WINDOW`]. With [`FREE_FAILURES`], the logins wait for
+    /// turns.
     free: Vec<Instant>,
     /// Number of refusals with a delay.
     refusals: u32,
@@ -165,7 +166,8 @@ impl<K: Copy + Display + Eq + Hash> LoginThrottle<K> {
         receiver
     }
 
-    /// Frees the memory of a login that no longer waits: when it leaves, or once half of the logins of `client` have left.
+    /// Frees the memory of a login that no longer waits: when it leaves, or once half of the logins of `client` have
+    /// left.
     pub(super) fn leave(&mut self, client: K) {
         let Some(failed) = self.clients.get_mut(&client) else { return };
         failed.left += 1;

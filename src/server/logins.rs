@@ -59,9 +59,9 @@ impl Default for Logins {
 }
 
 impl Logins {
-    /// Verifies a password, by the policy of that moment. Calls `on_refused` as soon as the result is known, and returns
-    /// it after the delay. Returns `None` if the hash did not begin until `deadline`, or within [`MAX_WAIT`] if the logins
-    /// of the client wait for turns.
+    /// Verifies a password, by the policy of that moment. Calls `on_refused` as soon as the result is known, and
+    /// returns it after the delay. Returns `None` if the hash did not begin until `deadline`, or within [`MAX_WAIT`] if
+    /// the logins of the client wait for turns.
     pub(super) async fn verify(
         &self,
         policy: &PolicyHandle,

@@ -13,8 +13,8 @@ use crate::proto::Credentials;
 
 /// Time that a verified password is accepted without another hash.
 const CACHE_TIME: Duration = Duration::from_secs(600);
-/// Maximum number of wrong passwords that are compared with a verified one, and the least time between two of them. They
-/// would be free guesses for a program at the address of the user; further ones are hashed.
+/// Maximum number of wrong passwords that are compared with a verified one, and the least time between two of them.
+/// They would be free guesses for a program at the address of the user; further ones are hashed.
 const MAX_MISMATCHES: u32 = 60;
 const MISMATCH_INTERVAL: Duration = Duration::from_millis(100);
 /// Length of a stored digest.

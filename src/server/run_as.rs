@@ -57,16 +57,16 @@ impl FromStr for RunAs {
         };
         let user = found.ok().flatten();
         let uid = user.as_ref().map(|user| user.uid).or_else(|| name.parse().ok().map(Uid::from_raw));
-        let uid = uid.ok_or_else(|| format!("no such user: {name:?} (create it with useradd)"))?;
+        let uid = uid.ok_or_else(|| format!("no such user (create it: useradd --system {name})"))?;
         let (gid, groups) = match (group, &user) {
             (Some(group), _) => {
                 let found = Group::from_name(group).ok().flatten().map(|group| group.gid);
                 let gid = found.or_else(|| group.parse().ok().map(Gid::from_raw));
-                let gid = gid.ok_or_else(|| format!("no such group: {group:?} (create it with groupadd)"))?;
+                let gid = gid.ok_or_else(|| format!("no such group (create it: groupadd --system {group})"))?;
                 (gid, vec![gid])
             }
             (None, Some(user)) => (user.gid, groups_of(user)),
-            (None, None) => return Err(format!("no user has the number {name} (write {name}:GROUP)")),
+            (None, None) => return Err(format!("no user has this number (write {name}:GROUP)")),
         };
         Ok(Self { name: text.into(), uid, gid, groups })
     }

@@ -1,7 +1,8 @@
 //! What the process gives up once its listeners are bound: its user, its capabilities, inherited descriptors, files
 //! (Landlock) and system calls (seccomp).
 //!
-//! Most of this applies to the calling thread and to the threads that it starts later, so [`enter`] precedes all others.
+//! Most of this applies to the calling thread and to the threads that it starts later, so [`enter`] precedes all
+//! others.
 
 mod files;
 mod syscalls;

@@ -62,8 +62,8 @@ pub(super) struct SessionLog {
 /// A [`SocketAddr`] without flow information. In an `Option`, it takes up 18 bytes instead of 32.
 #[derive(Clone, Copy, Debug)]
 struct AddrPort {
-    /// IPv4 addresses are mapped. A link-local address has its scope in the bits from [`SCOPE_SHIFT`] on, which are zero in
-    /// the address itself (RFC 4291 section 2.5.6).
+    /// IPv4 addresses are mapped. A link-local address has its scope in the bits from [`SCOPE_SHIFT`] on, which are
+    /// zero in the address itself (RFC 4291 section 2.5.6).
     ip: Ipv6Addr,
     port: NonZeroU16,
 }
@@ -174,8 +174,8 @@ impl SessionLog {
         AccessRequest { identity: self.identity(), command: self.command, ..request_from(self.client()) }
     }
 
-    /// Returns the access request of the session. For BIND, a zero address in DST matches any peer, and a zero port that of
-    /// the peer. DST of UDP ASSOCIATE is not a target.
+    /// Returns the access request of the session. For BIND, a zero address in DST matches any peer, and a zero port
+    /// that of the peer. DST of UDP ASSOCIATE is not a target.
     pub(super) fn access_request(&self) -> AccessRequest<'_> {
         let request = self.client_request();
         match (&self.dst, self.command) {

@@ -1,9 +1,9 @@
 //! The UDP port that all associations share (`--udp-ports` with a single port).
 //!
 //! Each association has a socket that is bound to the port and connected to its client, so the kernel delivers the
-//! client's datagrams to it. Datagrams from a port of a client that no association has yet are received by one more socket
-//! for each client address. They are handed over to an association of this address that waits for a port, the oldest one
-//! first, or else to one whose port is silent.
+//! client's datagrams to it. Datagrams from a port of a client that no association has yet are received by one more
+//! socket for each client address. They are handed over to an association of this address that waits for a port, the
+//! oldest one first, or else to one whose port is silent.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -92,7 +92,7 @@ impl SharedPorts {
         if let Some(group) = groups.get_mut(&key) {
             group.members.push(member.clone());
         } else {
-            let socket = BatchSocket::bind_shared(local)?;
+            let socket = BatchSocket::bind(local, true)?;
             // Filters by address only. Sockets that are connected to a port take precedence.
             socket.get_ref().connect(any_port)?;
             let (has_left, left) = channel::bounded(1);
@@ -130,8 +130,8 @@ impl SharedPorts {
         }
     }
 
-    /// Removes the group and closes its socket if it has no members. Under the lock, so that a new group of the same client
-    /// cannot have a socket at the same time.
+    /// Removes the group and closes its socket if it has no members. Under the lock, so that a new group of the same
+    /// client cannot have a socket at the same time.
     fn remove_if_empty(&self, key: GroupKey, socket: &mut Option<BatchSocket>) -> bool {
         let mut groups = self.groups();
         let is_empty = groups.get(&key).is_none_or(|group| group.members.is_empty());

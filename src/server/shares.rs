@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use smol::channel::{self, Sender};
 
-/// The key that clients are counted by: an IPv4 address, or an IPv6 /64, which usually belongs to one customer. All clients
-/// on Unix sockets have the same key.
+/// The key that clients are counted by: an IPv4 address, or an IPv6 /64, which usually belongs to one customer. All
+/// clients on Unix sockets have the same key.
 // The bits of an IPv4 address, or those of the /64 inverted: no client has an address in ffff:ffff::/32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct ClientKey(NonZeroU64);
@@ -94,8 +94,8 @@ impl<K: Eq + Hash + Clone> Shares<K> {
         Some(ShareGuard { shares: self.clone(), client })
     }
 
-    /// Waits until neither the client nor the resource is at its limit, and it is the client's turn. The caller sets the
-    /// deadline. Dropping the future gives up the place in the queue.
+    /// Waits until neither the client nor the resource is at its limit, and it is the client's turn. The caller sets
+    /// the deadline. Dropping the future gives up the place in the queue.
     pub(super) async fn acquire(&self, client: impl Into<Option<K>>) -> ShareGuard<K> {
         let client = client.into();
         loop {
@@ -139,8 +139,8 @@ impl<K: Eq + Hash + Clone> Usage<K> {
         self.last_number
     }
 
-    /// Returns the number of the request in the queue of its client, or `None` if it need not wait: when there is room for
-    /// it, no other request waits that could be granted.
+    /// Returns the number of the request in the queue of its client, or `None` if it need not wait: when there is room
+    /// for it, no other request waits that could be granted.
     fn use_or_enqueue(&mut self, client: &Option<K>, sender: Sender<ShareGuard<K>>) -> Option<u64> {
         if self.try_use(client) {
             return None;

@@ -90,8 +90,8 @@ impl Session {
         &self.permit.server
     }
 
-    /// Returns BND for a socket at `local`: an address of its family in `advertised` replaces the IP address. Clients and
-    /// peers on this host use loopback, unless the server listens on loopback only: then its clients are forwarded.
+    /// Returns BND for a socket at `local`: an address of its family in `advertised` replaces the IP address. Clients
+    /// and peers on this host use loopback, unless the server listens on loopback only: then its clients are forwarded.
     pub(super) fn advertised_addr(&self, advertised: &[IpAddr], local: SocketAddr) -> SocketAddr {
         let has_remote_clients = || self.policy.policy.listen_addrs.iter().any(|addr| !addr.ip().is_loopback());
         if local.ip().is_loopback() && has_remote_clients() {
@@ -116,8 +116,8 @@ impl Session {
         found.map_err(|error| SessionError::from_dial(error, dst))
     }
 
-    /// Decides a request by the current policy, or by that of the session if reloads do not affect sessions. `None`: the
-    /// rules depend on an address that is not known yet.
+    /// Decides a request by the current policy, or by that of the session if reloads do not affect sessions. `None`:
+    /// the rules depend on an address that is not known yet.
     pub(super) fn authorize(&self, request: &AccessRequest<'_>) -> SessionResult<Option<Route>> {
         let newer = self.server().policy.newer_than(self.policy.generation);
         Ok(newer.as_ref().unwrap_or(&self.policy).authorize(request)?)

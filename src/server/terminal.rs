@@ -1,5 +1,5 @@
-//! The terminal that the server was started on. When it is gone, SIGHUP ends the server instead of reloading its policy:
-//! the window was closed, and nobody can see or stop the server any more.
+//! The terminal that the server was started on. When it is gone, SIGHUP ends the server instead of reloading its
+//! policy: the window was closed, and nobody can see or stop the server any more.
 
 use std::fs;
 

@@ -63,7 +63,8 @@ pub(super) struct WorkerPool {
 
 /// The part of a worker that the other threads use.
 pub(super) struct WorkerHandle {
-    /// Unbounded, but holds at most one job for each session and one for a new policy. Closes when the worker has to end.
+    /// Unbounded, but holds at most one job for each session and one for a new policy. Closes when the worker has to
+    /// end.
     inbox: Sender<Job>,
     socket_count: Arc<AtomicUsize>,
     bulk: BulkGuard,
@@ -171,7 +172,8 @@ impl WorkerHandle {
 }
 
 impl Worker {
-    /// Starts the thread, which first calls `start`, and runs until its inbox closes. Its errors and panics are reported.
+    /// Starts the thread, which first calls `start`, and runs until its inbox closes. Its errors and panics are
+    /// reported.
     pub(super) fn spawn(self, start: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<JoinHandle<()>> {
         let reports = self.reports.clone();
         std::thread::Builder::new().name("s5-worker".into()).spawn(move || {

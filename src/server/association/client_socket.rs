@@ -16,8 +16,8 @@ use crate::net::{BatchSocket, GsoBatch, parse_literal};
 use crate::proto::{Addr, Host, MAX_UDP4_PAYLOAD, PortRange};
 use crate::reassembly::fragment;
 
-/// Time without a valid datagram after which the client may use another port. A NAT that has removed its mapping selects
-/// a new port. While the port is in use, no other sender can take over the association.
+/// Time without a valid datagram after which the client may use another port. A NAT that has removed its mapping
+/// selects a new port. While the port is in use, no other sender can take over the association.
 const PORT_SILENCE: Duration = Duration::from_secs(2);
 
 pub(super) struct ClientSocket {
@@ -47,7 +47,7 @@ impl ClientSocket {
                 local.set_port(port);
                 let join = || {
                     let membership = server.shared_ports.join(local, addr, protection.is_some())?;
-                    Ok((BatchSocket::bind_shared(local)?, Some(membership)))
+                    Ok((BatchSocket::bind(local, true)?, Some(membership)))
                 };
                 join().map_err(|error: io::Error| match error.kind() {
                     io::ErrorKind::AddrInUse => io::Error::other(format!(
@@ -56,10 +56,10 @@ impl ClientSocket {
                     _ => error,
                 })?
             }
-            None => (bind_in_range(ports, "--udp-ports", local, BatchSocket::bind).await?, None),
+            None => (bind_in_range(ports, "--udp-ports", local, |local| BatchSocket::bind(local, false)).await?, None),
         };
-        // Connecting to port 0 filters by address only. A socket with a shared port is connected to itself, and receives
-        // nothing, until the client's port is known.
+        // Connecting to port 0 filters by address only. A socket with a shared port is connected to itself, and
+        // receives nothing, until the client's port is known.
         let is_port_fixed = addr.port() != 0;
         socket.get_ref().connect(if is_port_fixed || membership.is_none() { addr } else { local })?;
         Ok(Self { socket, addr, is_port_fixed, last_heard: Instant::now(), protection, membership })
@@ -89,8 +89,8 @@ impl ClientSocket {
         };
     }
 
-    /// Accepts datagrams from all ports of the client once its port is silent. Returns the time of the next call, if any. A
-    /// loopback address keeps its first port: no NAT is involved, and other users share the address.
+    /// Accepts datagrams from all ports of the client once its port is silent. Returns the time of the next call, if
+    /// any. A loopback address keeps its first port: no NAT is involved, and other users share the address.
     pub(super) fn release_silent_port(&mut self, now: Instant) -> Option<Instant> {
         if !self.is_port_fixed || self.addr.ip().is_loopback() {
             return None;
@@ -163,11 +163,12 @@ impl ClientSocket {
     }
 }
 
-/// Returns the address that the client sends from: that of the control connection. The port is that of DST if DST is this
-/// address, else 0. Behind NAT, a client does not know its address and port, and some clients send a target as DST.
+/// Returns the address that the client sends from: that of the control connection. The port is that of DST if DST is
+/// this address, else 0. Behind NAT, a client does not know its address and port, and some clients send a target as
+/// DST.
 ///
-/// A client on a Unix socket can send only from 127.0.0.1, because the relay is there. So this is its address, and a port
-/// that it announces keeps other users of this host away (RFC 1928 section 7).
+/// A client on a Unix socket can send only from 127.0.0.1, because the relay is there. So this is its address, and a
+/// port that it announces keeps other users of this host away (RFC 1928 section 7).
 fn expected_sender(session: &Session, dst: &Addr) -> SocketAddr {
     let mut addr = session.log.client().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
     let dst_ip = match &dst.host {

@@ -44,8 +44,8 @@ impl Egress {
         self.upstreams.iter_mut().find(|upstream| upstream.index == index)
     }
 
-    /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent if one has opened,
-    /// and an error if the only possible route has closed.
+    /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent if one has
+    /// opened, and an error if the only possible route has closed.
     pub(super) fn poll_upstreams(&mut self, session: &Session, cx: &mut Context<'_>) -> Result<Option<usize>, String> {
         let mut sent = None;
         for upstream in &mut self.upstreams {
@@ -79,7 +79,7 @@ impl Egress {
         let socket = if addr.is_ipv4() { v4 } else { v6 };
         match socket {
             Some(socket) => Ok(socket),
-            unset => Ok(unset.insert(BatchSocket::bind(SocketAddr::new(unspecified(addr.ip()), 0))?)),
+            unset => Ok(unset.insert(BatchSocket::bind(SocketAddr::new(unspecified(addr.ip()), 0), false)?)),
         }
     }
 }

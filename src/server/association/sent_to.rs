@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use crate::proto::{Addr, HostName};
 
-/// Maximum number of addresses. The one that was not used for the longest time is removed first. That takes up to 100 KiB,
-/// and as much again for long names.
+/// Maximum number of addresses. The one that was not used for the longest time is removed first. That takes up to 100
+/// KiB, and as much again for long names.
 const MAX_ADDRS: usize = 1024;
 
 /// Maximum number of destinations through hops that are counted. They can be long names.

@@ -1,9 +1,10 @@
-//! The system calls that the server may still make, enforced by seccomp. All others fail with EPERM, and the first refusal
-//! of each is logged.
+//! The system calls that the server may still make, enforced by seccomp. All others fail with EPERM, and the first
+//! refusal of each is logged.
 //!
 //! The kernel reports them with SIGSYS. With a user notification, code in this process could allow its own calls.
 //!
-//! The kernel caches the answer for calls whose arguments are not checked (Linux 5.11): the filter does not run for them.
+//! The kernel caches the answer for calls whose arguments are not checked (Linux 5.11): the filter does not run for
+//! them.
 
 use std::collections::BTreeMap;
 use std::env::consts::ARCH;
