@@ -12,12 +12,12 @@ use log::LevelFilter;
 
 use crate::proto::Command;
 use cli::completions::{ScriptFn, parse_shell};
-pub use cli::exit::{CliError, ExitStatus};
+pub use cli::exit::{CliError, CliResult, ExitStatus};
 pub use cli::logger::Logger;
 use cli::syntax::{NAME, Syntax};
 use cli::{argv, help, manual, secrets};
-use netcat::json_output::JsonOutput;
 use netcat::options::{self, ClientArgs};
+use netcat::report::JsonOutput;
 use serve::ServeArgs;
 
 /// A SOCKS5 server, and a netcat that works through SOCKS5 proxies
@@ -62,7 +62,7 @@ impl Mode {
     ///
     /// # Errors
     /// The message to print and the exit status.
-    pub fn run(self) -> Result<(), CliError> {
+    pub fn run(self) -> CliResult {
         match self {
             Self::Serve(args) => args.run().map_err(|error| error.with_help(&format!("{NAME} serve"))),
             Self::Client(command, args) => {
@@ -102,8 +102,9 @@ pub fn syntax() -> Syntax {
     Syntax { modes, ..Syntax::of::<ProgramArgs>("") }
 }
 
-/// Parses a command line, and overwrites passwords in the command line of this process. `args[0]` is the program's name.
-pub fn parse(args: &[String]) -> Result<Action, CliError> {
+/// Parses a command line, and overwrites passwords in the command line of this process. `args[0]` is the program's
+/// name.
+pub fn parse(args: &[String]) -> CliResult<Action> {
     let is_client = args.get(1).is_some_and(|mode| mode.parse::<Command>().is_ok());
     parse_with(&syntax(), args).map_err(|error| match is_client {
         true => JsonOutput::of_invalid_args(args).report_usage_error(error),
@@ -111,7 +112,7 @@ pub fn parse(args: &[String]) -> Result<Action, CliError> {
     })
 }
 
-fn parse_with(program: &Syntax, args: &[String]) -> Result<Action, CliError> {
+fn parse_with(program: &Syntax, args: &[String]) -> CliResult<Action> {
     let mode = args.get(1).filter(|mode| program.modes.iter().any(|known| known.name == **mode));
     let command = mode.map_or(NAME.into(), |mode| format!("{NAME} {mode}"));
     let usage_error = |message| CliError::usage(message).with_help(&command);

@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use super::cli::exit::{CliError, ExitStatus};
+use super::cli::exit::{CliError, CliResult, ExitStatus};
 use super::cli::output_file;
 use super::netcat::connector::Connector;
 use super::netcat::descriptor;
-use super::netcat::json_output::JsonOutput;
 use super::netcat::options::ClientArgs;
-use super::netcat::report::SessionReport;
+use super::netcat::report::{JsonOutput, SessionReport};
 use super::netcat::target::expected_peer;
 use super::netcat::tunnel;
 use crate::client::Client;
@@ -66,7 +65,7 @@ fn is_regular(path: &Path) -> Option<bool> {
 }
 
 /// Runs the mode until it ends.
-pub(super) fn run(args: ClientArgs, json: JsonOutput) -> Result<(), CliError> {
+pub(super) fn run(args: ClientArgs, json: JsonOutput) -> CliResult {
     let program = tunnel::check_args(&args)?;
     let peer = expected_peer(&args)?;
     let output = args.address_file.as_deref().map(|text| {
@@ -92,7 +91,7 @@ async fn accept_peer(
     tunnel: &mut Conn,
     bound: &Addr,
     output: Option<AddrOutput>,
-) -> Result<Addr, CliError> {
+) -> CliResult<Addr> {
     connector.print_line(&format!("bound {bound}"));
     if let Some(mut output) = output {
         let line = format!("{bound}\n");

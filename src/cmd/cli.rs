@@ -4,7 +4,6 @@ pub mod argv;
 pub(super) mod completions;
 pub mod exit;
 pub(super) mod help;
-mod journal;
 pub(super) mod logger;
 pub(super) mod manual;
 pub(super) mod output_file;

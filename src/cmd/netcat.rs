@@ -5,7 +5,6 @@ pub(super) mod connector;
 pub(super) mod credentials;
 pub(super) mod descriptor;
 pub(super) mod forward;
-pub(super) mod json_output;
 pub mod options;
 pub mod progress;
 pub mod proxies;

@@ -15,7 +15,7 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
-use super::cli::exit::{CliError, ExitStatus, eprint_line};
+use super::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use super::cli::values::{
     parse_choice, parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout, parse_udp_relay,
 };
@@ -42,10 +42,10 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
 
-    /// public address of this host behind NAT. IP is the address in the replies to BIND and UDP ASSOCIATE, which clients
-    /// and peers can reach. By default, BIND has the address on the route to the peer (without a peer in the request, on
-    /// the default route), and UDP ASSOCIATE the address that the client connected to. Clients on this host still get
-    /// loopback, unless the server listens on loopback only. At most one IPv4 and one IPv6 address.
+    /// public address of this host behind NAT. IP is the address in the replies to BIND and UDP ASSOCIATE, which
+    /// clients and peers can reach. By default, BIND has the address on the route to the peer (without a peer in the
+    /// request, on the default route), and UDP ASSOCIATE the address that the client connected to. Clients on this host
+    /// still get loopback, unless the server listens on loopback only. At most one IPv4 and one IPv6 address.
     #[argh(option, arg_name = "IP")]
     advertise: Vec<IpAddr>,
 
@@ -62,9 +62,9 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "PORTS")]
     bind_ports: Option<PortRange>,
 
-    /// ports for UDP ASSOCIATE [default: any free port]. PORTS is LO-HI, with one port for each association and REP 1 if
-    /// none is free, or a single port for all associations. They are told apart by the addresses of their clients. The
-    /// first datagram from a new port of a client address belongs to its oldest association without a port.
+    /// ports for UDP ASSOCIATE [default: any free port]. PORTS is LO-HI, with one port for each association and REP 1
+    /// if none is free, or a single port for all associations. They are told apart by the addresses of their clients.
+    /// The first datagram from a new port of a client address belongs to its oldest association without a port.
     #[argh(option, arg_name = "PORTS")]
     udp_ports: Option<PortRange>,
 
@@ -139,8 +139,8 @@ pub struct ServeArgs {
 
     /// show which rule decides REQUEST, then exit. REQUEST has the form 'from=IP user=NAME command=connect
     /// to=HOST:PORT'; only to= is required. The keys method=, protection= and port= are also possible. REQUEST can also
-    /// be a line of the log: its addr= is the address of the name in to=. The exit status is 0 for allow and 1 for deny.
-    /// No server is started.
+    /// be a line of the log: its addr= is the address of the name in to=. The exit status is 0 for allow and 1 for
+    /// deny. No server is started.
     #[argh(option, arg_name = "REQUEST")]
     explain: Option<String>,
 
@@ -173,8 +173,8 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "METHODS", from_str_fn(parse_set))]
     hop_auth: Option<Vec<Method>>,
 
-    /// UDP relay: reply or proxy [default: reply]. With reply, datagrams go to the address in the reply of a proxy. With
-    /// proxy, they go to the address of the proxy itself, with the port in the reply, as with --udp-relay of the
+    /// UDP relay: reply or proxy [default: reply]. With reply, datagrams go to the address in the reply of a proxy.
+    /// With proxy, they go to the address of the proxy itself, with the port in the reply, as with --udp-relay of the
     /// clients.
     #[argh(option, arg_name = "ADDR", from_str_fn(parse_udp_relay), default = "false")]
     hop_udp_relay: bool,
@@ -241,7 +241,7 @@ fn default_threads() -> u16 {
     std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX))
 }
 /// Returns the addresses of an option that takes at most one of each family.
-fn one_per_family(option: &str, ips: Vec<IpAddr>) -> Result<Vec<IpAddr>, CliError> {
+fn one_per_family(option: &str, ips: Vec<IpAddr>) -> CliResult<Vec<IpAddr>> {
     let count = |is_family: fn(&IpAddr) -> bool| ips.iter().filter(|ip| is_family(ip)).count();
     if count(IpAddr::is_ipv4) > 1 || count(IpAddr::is_ipv6) > 1 {
         return Err(CliError::usage(format!("{option}: at most one IPv4 and one IPv6 address")));
@@ -283,7 +283,7 @@ impl ServeArgs {
         }
     }
 
-    pub(super) fn run(mut self) -> Result<(), CliError> {
+    pub(super) fn run(mut self) -> CliResult {
         match (&self.users, &self.add_user, &self.remove_user) {
             (_, Some(_), Some(_)) => {
                 return Err(CliError::usage("--add-user and --remove-user cannot be combined"));
@@ -324,7 +324,7 @@ impl ServeArgs {
     }
 
     /// Prints what has changed, unless `--quiet` is set.
-    fn report(&self, change: String) -> Result<(), CliError> {
+    fn report(&self, change: String) -> CliResult {
         if !self.quiet {
             eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, change)));
         }
@@ -332,7 +332,7 @@ impl ServeArgs {
     }
 
     /// Returns the accepted methods, the preferred one first.
-    fn accepted_methods(&self) -> Result<Vec<Method>, CliError> {
+    fn accepted_methods(&self) -> CliResult<Vec<Method>> {
         let has_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
         let methods = self.auth.clone().unwrap_or_else(|| {
             let candidates = [(self.users.is_some(), Method::PASSWORD), (has_gssapi, Method::GSSAPI)];
@@ -349,7 +349,7 @@ impl ServeArgs {
         }
     }
 
-    fn policy_sources(&mut self, methods: Vec<Method>) -> Result<PolicySources, CliError> {
+    fn policy_sources(&mut self, methods: Vec<Method>) -> CliResult<PolicySources> {
         let mut rule_options = [&mut self.rule, &mut self.allow, &mut self.deny].map(std::mem::take).concat();
         rule_options.sort_by_key(|rule| rule.position);
         // The --via hop follows the others.
@@ -369,12 +369,7 @@ impl ServeArgs {
         })
     }
 
-    fn options(
-        self,
-        policy: &Policy,
-        hops: Vec<Arc<Hop>>,
-        mut reload_files: Vec<PathBuf>,
-    ) -> Result<Options, CliError> {
+    fn options(self, policy: &Policy, hops: Vec<Arc<Hop>>, mut reload_files: Vec<PathBuf>) -> CliResult<Options> {
         let both = one_per_family("--advertise", self.advertise)?;
         let or_both = |own: Vec<IpAddr>| {
             let others = both.iter().filter(|ip| !own.iter().any(|own| own.is_ipv4() == ip.is_ipv4()));

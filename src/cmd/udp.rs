@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use futures_lite::FutureExt as _;
 
-use super::cli::exit::{CliError, ExitStatus};
+use super::cli::exit::{CliError, CliResult, ExitStatus};
 use super::netcat::connector::{Connector, UDP_RELAY_HINT};
-use super::netcat::json_output::JsonOutput;
 use super::netcat::options::ClientArgs;
+use super::netcat::report::JsonOutput;
 use super::netcat::target::target;
 use crate::net::{sleep, yield_now};
 use crate::proto::Command;
@@ -26,12 +26,11 @@ const DEFAULT_ANSWER_WAIT: Duration = Duration::from_secs(2);
 const MAX_BATCH: usize = 1000;
 
 /// Runs the mode until it ends.
-pub(super) fn run(args: ClientArgs, json: JsonOutput) -> Result<(), CliError> {
+pub(super) fn run(args: ClientArgs, json: JsonOutput) -> CliResult {
     let dst = target(&args, true)?;
     let framing = Framing::from_args(&args)?;
-    if args.listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
-        return Err(CliError::usage("-z, -d, -n and --send-only cannot be used with -l"));
-    }
+    let uses_stdio = args.zero_io || args.recv_only || args.send_only || args.count.is_some();
+    CliError::usage_if(args.listen.is_some() && uses_stdio, "-z, -d, -n and --send-only cannot be used with -l")?;
     let connector = Connector::new(Command::UdpAssociate, args, json, dst)?;
     if let Some(addr) = connector.args.listen {
         return connector.run(Box::pin(forward::run(&connector, addr)));
@@ -44,7 +43,7 @@ pub(super) fn run(args: ClientArgs, json: JsonOutput) -> Result<(), CliError> {
 }
 
 /// Relays between stdin, stdout and the association.
-async fn relay_stdio(transfer: &Transfer<'_>, framing: Framing) -> Result<(), CliError> {
+async fn relay_stdio(transfer: &Transfer<'_>, framing: Framing) -> CliResult {
     let Transfer { connector, .. } = transfer;
     let args = &connector.args;
     let writer = DatagramWriter::new(framing, !args.send_only)
@@ -70,7 +69,7 @@ async fn relay_stdio(transfer: &Transfer<'_>, framing: Framing) -> Result<(), Cl
 }
 
 /// Sends all datagrams of stdin, then waits for answers.
-async fn send_stdin(transfer: &Transfer<'_>, framing: Framing) -> Result<(), CliError> {
+async fn send_stdin(transfer: &Transfer<'_>, framing: Framing) -> CliResult {
     let args = &transfer.connector.args;
     let mut wait = args.quit_after.or(args.timeout);
     // Without stdin, the wait for answers begins at once.
@@ -104,7 +103,7 @@ struct AnswerWriter<'a> {
 
 impl AnswerWriter<'_> {
     /// Receives and writes answers until none is missing.
-    async fn receive(&mut self) -> Result<(), CliError> {
+    async fn receive(&mut self) -> CliResult {
         while self.missing > 0 {
             let (_, answer) = self.transfer.recv().await?;
             self.push(&answer);
@@ -116,7 +115,7 @@ impl AnswerWriter<'_> {
     }
 
     /// Receives all answers that have arrived, then writes them: a write is slow, and the socket's buffer is small.
-    async fn receive_ready(&mut self) -> Result<(), CliError> {
+    async fn receive_ready(&mut self) -> CliResult {
         for _ in 0..MAX_BATCH {
             if self.missing == 0 {
                 break;

@@ -1,6 +1,6 @@
 //! Link-local addresses with a zone: of the proxy, of the target and of the listeners. The first server has its own
-//! network namespace: it is fe80::1 and fd09::1 on the interface s0. The clients are fe80::2 on c0, the other end of the
-//! link, and have no other address there.
+//! network namespace: it is fe80::1 and fd09::1 on the interface s0. The clients are fe80::2 on c0, the other end of
+//! the link, and have no other address there.
 
 use crate::bind::bound_address;
 use crate::*;
@@ -41,7 +41,8 @@ fn link_local_addresses_with_a_zone_are_reached() {
     let proxy = "[fe80::1%c0]:1080";
     let any = Ipv6Addr::UNSPECIFIED.into();
     let (tcp, udp) = (echo_server_at(any).port(), udp_echo_server(any).port());
-    // The URL form has %25; the source address is on the link of the proxy. The last server has a client without a zone.
+    // The URL form has %25; the source address is on the link of the proxy. The last server has a client without a
+    // zone.
     let options = [proxy, "socks5h://[fe80::1%25c0]:1080", "[fe80::1%c0]:1080 -s fe80::2 -R local", "[fd09::1]:1080"];
     for option in options {
         for target in [format!("[fe80::2%s0]:{tcp}"), format!("fe80::2%s0 {tcp}")] {

@@ -115,6 +115,20 @@ fn unreadable_keytab_is_reported_at_start() {
 }
 
 #[test]
+fn keytab_that_everybody_can_change_is_a_warning() {
+    let Some(realm) = realm() else { return };
+    let dir = temp_dir();
+    let keytab = path(&dir.path().join("keytab"));
+    std::fs::copy(realm.file("service.keytab"), &keytab).expect("a copy");
+    let warning = format!("{keytab}: everybody can change it (run chmod o-w {keytab})");
+    for (mode, is_warning) in [(0o640, false), (0o642, true)] {
+        std::fs::set_permissions(&keytab, PermissionsExt::from_mode(mode)).expect("a mode");
+        let server = start(&realm, &["--keytab", &keytab]);
+        assert_eq!(server.log().contains(&warning), is_warning, "{mode:o}: {}", server.log());
+    }
+}
+
+#[test]
 fn service_can_be_a_name_a_name_with_host_or_a_principal() {
     let Some(realm) = realm() else { return };
     let echo = echo_server().to_string();

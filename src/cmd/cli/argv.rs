@@ -1,5 +1,5 @@
-//! Normalizes the command line for argh, which does not support `--opt=value`, `-w3` and `-zv`. The definitions from which
-//! the help is generated also show which options take a value.
+//! Normalizes the command line for argh, which does not support `--opt=value`, `-w3` and `-zv`. The definitions from
+//! which the help is generated also show which options take a value.
 
 use std::env;
 
@@ -159,8 +159,8 @@ impl<'a> Normalizer<'a> {
         Ok(!is_switch(flag) && value.is_none())
     }
 
-    /// Returns true if `-n` is nc's option, which has no value and no effect: s5 leaves names to the proxy. `rest` is the
-    /// rest of the argument.
+    /// Returns true if `-n` is nc's option, which has no value and no effect: s5 leaves names to the proxy. `rest` is
+    /// the rest of the argument.
     fn is_nodns(&self, rest: &str) -> bool {
         let count = self.syntax.flags.iter().find(|flag| flag.short == Some('n'));
         let is_bundle = rest.starts_with(|c: char| c.is_ascii_alphabetic());

@@ -3,14 +3,15 @@
 //! An error is one line on stderr: `s5: `, the operation that failed, the phase, the reason and, if there is one, the
 //! remedy. It is in lower case, has no full stop and never contains a password.
 
+use std::env;
 use std::fmt;
 use std::io;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use log::Level;
 
 use super::argv::with_typed_names;
-use super::journal;
 use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::net::DialError;
 use crate::proto::Rep;
@@ -87,6 +88,9 @@ pub struct CliError {
     pub is_reported: bool,
 }
 
+/// Result of a mode or of a part of it.
+pub type CliResult<T = ()> = Result<T, CliError>;
+
 impl CliError {
     /// Returns an error for which `is_final` is set.
     pub fn new(status: ExitStatus, message: impl Into<String>) -> Self {
@@ -96,6 +100,11 @@ impl CliError {
     /// Returns an error in the command line.
     pub fn usage(message: impl Into<String>) -> Self {
         Self { refers_to_help: true, ..Self::new(ExitStatus::USAGE, message) }
+    }
+
+    /// Fails if the command line has this problem.
+    pub(crate) fn usage_if(has_problem: bool, message: impl Into<String>) -> CliResult {
+        if has_problem { Err(Self::usage(message)) } else { Ok(()) }
     }
 
     /// Adds a reference to the help of a mode, unless the message ends with a remedy. `command` is `s5` or `s5 MODE`.
@@ -110,7 +119,7 @@ impl CliError {
     /// Prints the message and returns the exit status.
     pub fn print(self) -> ExitCode {
         if !self.message.is_empty() {
-            eprint_line(&format!("{}s5: {self}", journal::priority(Level::Error)));
+            eprint_line(&format!("{}s5: {self}", journal_priority(Level::Error)));
         }
         ExitCode::from(self.status.code())
     }
@@ -178,4 +187,22 @@ pub fn plain_os_errors(message: String) -> String {
         let (first, others) = text.split_at_checked(1).unwrap_or((text, ""));
         message.replace(&error, &(first.to_lowercase() + others))
     })
+}
+
+/// Returns the start of a line that the journal of systemd reads as its priority (sd-daemon(3)), such as `<6>`. Empty
+/// if stderr is not connected to the journal. A parent that has redirected stderr passes JOURNAL_STREAM
+/// (systemd.exec(5)) on.
+pub(super) fn journal_priority(level: Level) -> &'static str {
+    static IS_JOURNAL: OnceLock<bool> = OnceLock::new();
+    let is_journal = || {
+        let stat = rustix::fs::fstat(io::stderr()).map(|stat| format!("{}:{}", stat.st_dev, stat.st_ino));
+        stat.is_ok_and(|stat| env::var("JOURNAL_STREAM") == Ok(stat))
+    };
+    match level {
+        _ if !*IS_JOURNAL.get_or_init(is_journal) => "",
+        Level::Error => "<3>",
+        Level::Warn => "<4>",
+        Level::Info => "<6>",
+        Level::Debug | Level::Trace => "<7>",
+    }
 }

@@ -10,8 +10,7 @@ use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
-use super::exit::{eprint_line, escape, plain_os_errors};
-use super::journal;
+use super::exit::{eprint_line, escape, journal_priority, plain_os_errors};
 use crate::server::{LOGFMT_TARGET, admits_detail, current_session, flush};
 
 const TIME_FORMAT: &[BorrowedFormatItem<'_>] =
@@ -53,7 +52,7 @@ fn line(record: &Record<'_>) -> String {
     if let Some(id) = session {
         text = format!("msg=detail id={id} module={target} text={text:?}");
     }
-    match (target == LOGFMT_TARGET || session.is_some(), journal::priority(level)) {
+    match (target == LOGFMT_TARGET || session.is_some(), journal_priority(level)) {
         (true, "") => format!("ts={} level={name} {text}", now()),
         (true, priority) => format!("{priority}level={name} {text}"),
         (false, "") => format!("{} {level:<5} [{target}] {}", now(), text.replace('\n', " ")),

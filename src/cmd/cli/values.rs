@@ -1,13 +1,7 @@
 //! Values of options: times, numbers and lists.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
 use std::str::FromStr;
 use std::time::Duration;
-
-use crate::proto::DEFAULT_PORT;
-
-/// Default of `--proxy`.
-pub(crate) const DEFAULT_ADDR: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, DEFAULT_PORT);
 
 /// The longest time that an option accepts: one year.
 const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -65,16 +59,16 @@ fn parse_quantity(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     u64::try_from(billionths.checked_mul((*unit).into())? / 1_000_000_000).ok()
 }
 
-/// Parses the address to send datagrams to: that in the reply of a proxy, or that of the proxy. Returns true for `proxy`.
+/// Parses the address to send datagrams to: that in the reply of a proxy, or that of the proxy. Returns true for
+/// `proxy`.
 pub(crate) fn parse_udp_relay(text: &str) -> Result<bool, String> {
     parse_choice(text, [("reply", false), ("proxy", true)])
 }
 
 /// Parses one of two words.
 pub(crate) fn parse_choice<T>(text: &str, choices: [(&str, T); 2]) -> Result<T, String> {
-    let [first, second] = [choices[0].0, choices[1].0];
-    let choice = choices.into_iter().find(|(word, _)| *word == text);
-    choice.map(|(_, value)| value).ok_or_else(|| format!("expected {first} or {second}"))
+    let expected = format!("expected {} or {}", choices[0].0, choices[1].0);
+    choices.into_iter().find(|(word, _)| *word == text).map(|(_, value)| value).ok_or(expected)
 }
 
 /// Parses a number greater than 0.

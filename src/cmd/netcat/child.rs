@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use super::options::ClientArgs;
 use super::stdio::StdioStream;
-use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus};
 use crate::net::unblock;
 
 /// A program and its arguments.
@@ -16,7 +16,7 @@ pub(crate) struct Program(Vec<String>);
 
 impl Program {
     /// Returns the program of `-e` or `-c`, if one is given.
-    pub(super) fn from_args(args: &ClientArgs) -> Result<Option<Self>, CliError> {
+    pub(super) fn from_args(args: &ClientArgs) -> CliResult<Option<Self>> {
         match (&args.exec, &args.sh_exec) {
             (Some(program), _) => {
                 let words: Vec<String> = program.split_whitespace().map(str::to_owned).collect();
@@ -28,23 +28,22 @@ impl Program {
     }
 
     /// Starts the program with these environment variables. Returns the process, and its stdin and stdout as a stream.
-    pub(super) fn start(&self, variables: &[(&str, String)], crlf: bool) -> Result<(Child, StdioStream), CliError> {
+    pub(super) fn start(&self, variables: &[(&str, String)], crlf: bool) -> CliResult<(Child, StdioStream)> {
         let Self(words) = self;
         let mut command = Command::new(words.first().map(String::as_str).unwrap_or_default());
         command.args(words.iter().skip(1)).envs(variables.iter().map(|(name, value)| (*name, value)));
-        let start_error = |error: &io::Error| {
+        let start_error = |error: io::Error| {
             let status = match error.kind() {
                 io::ErrorKind::NotFound => ExitStatus::PROGRAM_NOT_FOUND,
                 _ => ExitStatus::NOT_EXECUTABLE,
             };
             CliError::new(status, format!("run {}: {error}", words.join(" ")))
         };
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(|error| start_error(&error))?;
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(start_error)?;
         let pipes = child.stdin.take().map(OwnedFd::from).zip(child.stdout.take().map(OwnedFd::from));
         let pipes = pipes.ok_or_else(|| io::ErrorKind::BrokenPipe.into());
         let stdio = pipes.and_then(|(stdin, stdout)| StdioStream::from_child(stdout, stdin, crlf));
-        Ok((child, stdio.map_err(|error| start_error(&error))?))
+        Ok((child, stdio.map_err(start_error)?))
     }
 }
 

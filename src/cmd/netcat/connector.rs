@@ -1,6 +1,5 @@
 //! Establishes tunnels and associations for the client modes, with retries, and prints the results.
 
-use std::fmt;
 use std::future::pending;
 use std::io;
 use std::pin::Pin;
@@ -10,13 +9,12 @@ use std::time::{Duration, Instant};
 use async_signal::Signal;
 use futures_lite::FutureExt as _;
 
-use super::json_output::JsonOutput;
 use super::options::ClientArgs;
-use super::report::SessionReport;
+use super::report::{JsonOutput, SessionReport};
 use super::signal_watch::SignalWatch;
 use super::{credentials, proxies};
 use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Phase, Proxy};
-use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use crate::gssapi::Initiator;
 use crate::net::{LocalAddr, reactor, sleep, timeout_at};
 use crate::proto::{Addr, Command, Method};
@@ -45,13 +43,13 @@ pub(crate) struct Connector {
 }
 
 /// The rest of a mode. One boxed type, so that the code of the event loop and of executors is compiled once.
-pub(crate) type ModeFuture<'a> = Pin<Box<dyn Future<Output = Result<(), CliError>> + 'a>>;
+pub(crate) type ModeFuture<'a> = Pin<Box<dyn Future<Output = CliResult> + 'a>>;
 
 /// The result of one or more attempts. `client` is the client of the attempt with this result.
 pub(crate) struct RetryOutcome<T> {
     pub(crate) client: Client,
     pub(crate) attempts: u32,
-    pub(crate) result: Result<T, CliError>,
+    pub(crate) result: CliResult<T>,
 }
 
 /// Reason why s5 ends a session.
@@ -62,29 +60,14 @@ pub(crate) enum Cut {
     Signal(Signal),
 }
 
-impl fmt::Display for Cut {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::TimedOut(limit) => write!(f, "timed out after {limit:?}"),
-            Self::Signal(signal) => write!(f, "ended by SIG{}", format!("{signal:?}").to_uppercase()),
-        }
-    }
-}
-
 impl Connector {
     /// `dst` is the target, or with BIND the expected peer. `None`: only the login to the proxy is tested.
-    pub(crate) fn new(
-        command: Command,
-        args: ClientArgs,
-        json: JsonOutput,
-        dst: Option<Addr>,
-    ) -> Result<Self, CliError> {
+    pub(crate) fn new(command: Command, args: ClientArgs, json: JsonOutput, dst: Option<Addr>) -> CliResult<Self> {
         let deadline = args.max_time.and_then(|time| Some((Instant::now().checked_add(time)?, time)));
         // no_proxy does not apply to BIND: the peer connects to the proxy.
         let hops = proxies::select_proxies(&args, dst.as_ref().filter(|_| command != Command::Bind))?;
-        if hops.is_empty() && (command == Command::Bind || dst.is_none()) {
-            return Err(CliError::usage("a proxy is required (give one with -x)"));
-        }
+        let requires_proxy = command == Command::Bind || dst.is_none();
+        CliError::usage_if(hops.is_empty() && requires_proxy, "a proxy is required (give one with -x)")?;
         let local = source_from_args(&args, &hops)?;
         let (methods, gssapi) = auth_from_args(&args, &hops)?;
         let options = Arc::new(ClientOptions {
@@ -107,7 +90,7 @@ impl Connector {
     }
 
     /// Runs a mode on the event loop. Removes the message of its error if the options hide errors.
-    pub(crate) fn run(&self, mode: ModeFuture<'_>) -> Result<(), CliError> {
+    pub(crate) fn run(&self, mode: ModeFuture<'_>) -> CliResult {
         let start_error = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
         let limited = async {
             // Sessions, which also observe the deadline, report their results first.
@@ -136,8 +119,8 @@ impl Connector {
     pub(crate) async fn run_reported<T>(
         &self,
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
-        transfer: impl AsyncFnOnce(T, &Client, &mut SessionReport<'_>) -> Result<(), CliError>,
-    ) -> Result<(), CliError> {
+        transfer: impl AsyncFnOnce(T, &Client, &mut SessionReport<'_>) -> CliResult,
+    ) -> CliResult {
         let RetryOutcome { client, attempts, result } = self.retry(operation).await;
         let mut report = SessionReport::new(&client, attempts);
         let result = match result {
@@ -171,11 +154,14 @@ impl Connector {
     }
 
     fn cut_error(&self, cut: Cut) -> CliError {
-        let status = match cut {
-            Cut::TimedOut(_) => ExitStatus::TIMED_OUT,
-            Cut::Signal(signal) => ExitStatus::from_child(None, Some(signal as i32)),
-        };
-        self.transfer_error(status, &cut.to_string())
+        match cut {
+            Cut::TimedOut(limit) => self.transfer_error(ExitStatus::TIMED_OUT, &format!("timed out after {limit:?}")),
+            Cut::Signal(signal) => {
+                let name = format!("{signal:?}").to_uppercase();
+                let status = ExitStatus::from_child(None, Some(signal as i32));
+                self.transfer_error(status, &format!("ended by SIG{name}"))
+            }
+        }
     }
 
     /// Repeats `operation` until it succeeds, fails with a final error, or `--retry` expires.
@@ -273,7 +259,7 @@ impl Connector {
     }
 
     /// Prints an error that does not end the mode.
-    pub(crate) fn print_error(&self, result: Result<(), CliError>) {
+    pub(crate) fn print_error(&self, result: CliResult) {
         if let Err(error) = result
             && !error.message.is_empty()
         {
@@ -289,36 +275,33 @@ impl Connector {
     }
 
     /// Writes the report if `--json` is set. Returns `result`, without its message if that must not be printed.
-    pub(crate) fn finish(&self, report: &SessionReport<'_>, result: Result<(), CliError>) -> Result<(), CliError> {
+    pub(crate) fn finish(&self, report: &SessionReport<'_>, result: CliResult) -> CliResult {
         self.filter_error(self.json.report(report, result))
     }
 
     /// Removes the message of an error if it must not be printed: the status of `-z` is enough for a single attempt.
-    fn filter_error(&self, result: Result<(), CliError>) -> Result<(), CliError> {
+    fn filter_error(&self, result: CliResult) -> CliResult {
         let is_probe = self.args.zero_io && self.args.verbose == 0 && self.args.retry.is_none();
         let is_hidden = self.args.quiet || is_probe;
         result.map_err(|error| if is_hidden { CliError { message: String::new(), ..error } } else { error })
     }
 }
 
-fn source_from_args(args: &ClientArgs, hops: &[Proxy]) -> Result<LocalAddr, CliError> {
-    if args.ipv4 && args.ipv6 {
-        return Err(CliError::usage("-4 and -6 cannot be combined"));
-    }
+fn source_from_args(args: &ClientArgs, hops: &[Proxy]) -> CliResult<LocalAddr> {
+    CliError::usage_if(args.ipv4 && args.ipv6, "-4 and -6 cannot be combined")?;
     let is_ipv4 = (args.ipv4 || args.ipv6).then_some(args.ipv4);
     let source = LocalAddr { ip: args.source, port: args.source_port.unwrap_or(0), is_ipv4 };
     if let Some(ip) = source.ip.filter(|ip| !source.can_reach(*ip)) {
         return Err(CliError::usage(format!("-s {ip}: not an address of the family that -4 or -6 selects")));
     }
     let is_unix = hops.first().is_some_and(Proxy::is_unix);
-    if is_unix && (args.source.is_some() || args.source_port.is_some() || is_ipv4.is_some()) {
-        return Err(CliError::usage("-4, -6, -s and -p cannot be used with a proxy on a Unix socket"));
-    }
+    let has_source = args.source.is_some() || args.source_port.is_some() || is_ipv4.is_some();
+    CliError::usage_if(is_unix && has_source, "-4, -6, -s and -p cannot be used with a proxy on a Unix socket")?;
     Ok(source)
 }
 
 /// Returns the methods to offer to proxies, and the options of GSSAPI.
-fn auth_from_args(args: &ClientArgs, hops: &[Proxy]) -> Result<(Option<Vec<Method>>, Option<Initiator>), CliError> {
+fn auth_from_args(args: &ClientArgs, hops: &[Proxy]) -> CliResult<(Option<Vec<Method>>, Option<Initiator>)> {
     let has_gssapi_options = args.ccache.is_some() || args.gssapi_service.is_some() || args.gssapi_host.is_some();
     let requires_gssapi = args.gssapi_protection.is_some() || args.gssapi_min.is_some() || args.gssapi_nec;
     let methods = match &args.auth {
@@ -335,24 +318,18 @@ fn auth_from_args(args: &ClientArgs, hops: &[Proxy]) -> Result<(Option<Vec<Metho
     };
     let names_one_proxy =
         args.gssapi_host.is_some() || args.gssapi_service.as_ref().is_some_and(|name| name.contains(['/', '@']));
-    if hops.len() > 1 && names_one_proxy {
-        return Err(CliError::usage(
-            "--gssapi-host, or a principal in --gssapi-service, requires a single proxy, not a chain",
-        ));
-    }
+    let problem = "--gssapi-host, or a principal in --gssapi-service, requires a single proxy, not a chain";
+    CliError::usage_if(hops.len() > 1 && names_one_proxy, problem)?;
     let default = Initiator::default();
     let requested = args.gssapi_protection.unwrap_or(default.requested_level);
     // NEC's exchange of the level is not protected, so an attacker could lower it.
     let default_min = if args.gssapi_nec { requested } else { default.min_level.min(requested) };
     let min_level = args.gssapi_min.unwrap_or(default_min);
-    if min_level > requested {
-        return Err(CliError::usage(format!(
-            "--gssapi-min {min_level} is higher than --gssapi-protection {requested}"
-        )));
-    }
+    let problem = format!("--gssapi-min {min_level} is higher than --gssapi-protection {requested}");
+    CliError::usage_if(min_level > requested, problem)?;
     let gssapi = Initiator {
         ccache: args.ccache.clone(),
-        service: args.gssapi_service.clone().unwrap_or(default.service.clone()),
+        service: args.gssapi_service.clone().unwrap_or(default.service),
         host: args.gssapi_host.clone(),
         requested_level: requested,
         min_level,

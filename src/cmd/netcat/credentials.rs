@@ -14,7 +14,7 @@ use super::options::ClientArgs;
 use super::proxies::env_var;
 use crate::client::{Proxy, check_credentials};
 use crate::cmd::cli::argv::with_typed_names;
-use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line, escape};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line, escape};
 use crate::cmd::cli::text_file;
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
@@ -24,24 +24,17 @@ const MAX_FILE_SIZE: u64 = 1 << 20;
 /// Adds credentials to hops whose URL has no password.
 ///
 /// A hop whose URL has a user name gets the password of that user. Other hops get the first user name and password.
-pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> Result<(), CliError> {
-    let mut logins = Vec::new();
-    let mut user = None;
-    match args.proxy_user.as_deref().map(|user| (user, parse_login(user.as_bytes()))) {
-        Some((user, _)) if user.is_empty() || user.starts_with(':') => {
-            return Err(CliError::usage("--proxy-user: the user name is empty"));
-        }
-        Some((_, Some(login))) => {
-            if !args.quiet && !args.prints_only_json() {
-                let warning =
-                    "s5: --proxy-user: other users may see the password (use --proxy-auth-file or S5_PROXY_AUTH)";
-                eprint_line(&with_typed_names(warning));
-            }
-            logins.push(login);
-        }
-        Some((name, None)) => user = Some(name.as_bytes()),
-        None => {}
+pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> CliResult {
+    let option = args.proxy_user.as_deref();
+    let has_no_name = option.is_some_and(|user| user.is_empty() || user.starts_with(':'));
+    CliError::usage_if(has_no_name, "--proxy-user: the user name is empty")?;
+    let login = option.and_then(|user| parse_login(user.as_bytes()));
+    if login.is_some() && !args.quiet && !args.prints_only_json() {
+        let warning = "s5: --proxy-user: other users may see the password (use --proxy-auth-file or S5_PROXY_AUTH)";
+        eprint_line(&with_typed_names(warning));
     }
+    let user = option.filter(|_| login.is_none()).map(str::as_bytes);
+    let mut logins: Vec<Credentials> = login.into_iter().collect();
     if let Some(file) = &args.proxy_auth_file {
         logins.extend(read_login_file(file)?);
     }
@@ -59,8 +52,8 @@ pub(crate) fn assign_logins(
     hops: &mut [Proxy],
     logins: &[Credentials],
     user: Option<&[u8]>,
-    missing_password: impl Fn(&Proxy, &[u8]) -> Result<Vec<u8>, CliError>,
-) -> Result<(), CliError> {
+    missing_password: impl Fn(&Proxy, &[u8]) -> CliResult<Vec<u8>>,
+) -> CliResult {
     for hop in hops.iter_mut().filter(|hop| hop.credentials.is_none()) {
         let uname = hop.uname.as_deref().or(user);
         let found = logins.iter().find(|login| uname.is_none_or(|uname| uname == login.uname));
@@ -76,8 +69,12 @@ pub(crate) fn assign_logins(
 }
 
 /// Reads the file of `--proxy-auth-file`.
-pub(crate) fn read_login_file(file: &str) -> Result<Vec<Credentials>, CliError> {
-    read_file(file).map_err(|error| CliError::new(ExitStatus::USAGE, format!("{}: {error}", auth_file_label(file))))
+pub(crate) fn read_login_file(file: &str) -> CliResult<Vec<Credentials>> {
+    read_file(file).map_err(|error| {
+        let is_missing = error.kind() == io::ErrorKind::NotFound;
+        let remedy = if is_missing { " (create it with one user:password per line)" } else { "" };
+        CliError::new(ExitStatus::USAGE, format!("{}: {error}{remedy}", auth_file_label(file)))
+    })
 }
 
 /// Returns true if the file of `--proxy-auth-file` is stdin or a descriptor, which can be read only once.
@@ -103,20 +100,17 @@ fn read_file(name: &str) -> io::Result<Vec<Credentials>> {
     let lines = text.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
     let mut logins = Vec::new();
     for (i, line) in lines.enumerate().filter(|(_, line)| !line.is_empty()) {
-        let malformed =
-            || io::Error::new(io::ErrorKind::InvalidData, format!("line {}: expected user:password", i + 1));
+        let malformed = || io::Error::other(format!("line {}: expected user:password", i + 1));
         logins.push(parse_login(line).ok_or_else(malformed)?);
     }
-    if logins.is_empty() {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "no user:password found"));
-    }
-    Ok(logins)
+    if logins.is_empty() { Err(io::Error::other("no user:password found")) } else { Ok(logins) }
 }
 
 /// Reads a line byte by byte, so that nothing after it is consumed.
 fn read_first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
     let mut byte = [0];
-    // The longest login has a byte order mark, a colon and a carriage return. A longer line is noticed by one more byte.
+    // The longest login has a byte order mark, a colon and a carriage return. A longer line is noticed by one more
+    // byte.
     while line.len() <= 2 * MAX_CREDENTIAL_LEN + 5 && file.read(&mut byte)? == 1 && byte != *b"\n" {
         line.extend(byte);
     }
@@ -124,7 +118,7 @@ fn read_first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
 }
 
 /// Returns the logins of the environment, in the order of precedence.
-pub(crate) fn read_environment() -> Result<Vec<Credentials>, CliError> {
+pub(crate) fn read_environment() -> CliResult<Vec<Credentials>> {
     // As bytes: a password need not be UTF-8.
     let variable = |name: &str| env::var_os(name).map(OsString::into_vec).filter(|value| !value.is_empty());
     let mut logins = Vec::new();
@@ -152,7 +146,7 @@ fn parse_login(pair: &[u8]) -> Option<Credentials> {
 }
 
 /// Returns the password from the askpass program or the user. Fails if neither is available, and in CI.
-fn prompt_password(hop: &Proxy, uname: &[u8], args: &ClientArgs) -> Result<Vec<u8>, CliError> {
+fn prompt_password(hop: &Proxy, uname: &[u8], args: &ClientArgs) -> CliResult<Vec<u8>> {
     let user = String::from_utf8_lossy(uname);
     let login_error =
         |problem: String| CliError::new(ExitStatus::LOGIN_FAILED, format!("proxy {hop}: login: {problem}"));
@@ -193,7 +187,7 @@ fn run_askpass(program: &str, prompt: &str) -> io::Result<Vec<u8>> {
         return Err(io::Error::other(output.status.to_string()));
     }
     match output.stdout.split(|byte| *byte == b'\n').next().unwrap_or_default() {
-        b"" => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the program printed no password")),
+        b"" => Err(io::Error::other("the program printed no password")),
         line => Ok(line.strip_suffix(b"\r").unwrap_or(line).to_vec()),
     }
 }

@@ -17,16 +17,15 @@ pub(crate) fn fd_number(text: &str) -> Option<&str> {
 /// # Errors
 /// The descriptor is not open, or is stdin, stdout or stderr.
 pub(crate) fn take_fd(number: &str) -> io::Result<File> {
-    let invalid = |reason: &str| io::Error::new(io::ErrorKind::InvalidInput, reason);
-    let n: i32 = number.parse().map_err(|_| invalid("not a file descriptor number"))?;
+    let n: i32 = number.parse().map_err(|_| io::Error::other("not a file descriptor number"))?;
     if n < 3 {
-        return Err(invalid("0, 1 and 2 are stdin, stdout and stderr (use 3 or more)"));
+        return Err(io::Error::other("0, 1 and 2 are stdin, stdout and stderr (use 3 or more)"));
     }
     Ok(take_descriptor(n)?.into())
 }
 
-/// Closes stdout: replaces it by /dev/null, so that its number is not used for another file. If stdin and stdout are the
-/// same socket, stdin keeps it open, so its write side is shut down.
+/// Closes stdout: replaces it by /dev/null, so that its number is not used for another file. If stdin and stdout are
+/// the same socket, stdin keeps it open, so its write side is shut down.
 pub(super) fn close_stdout() -> io::Result<()> {
     let (stdin, stdout) = (rustix::fs::fstat(io::stdin())?, rustix::fs::fstat(io::stdout())?);
     if FileType::from_raw_mode(stdout.st_mode).is_socket()

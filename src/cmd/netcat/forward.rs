@@ -12,7 +12,7 @@ use socket2::SockRef;
 use super::connector::{Connector, ModeFuture, RetryOutcome};
 use super::report::SessionReport;
 use super::tunnel::relay_result;
-use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::net::{
     self, ACCEPT_RETRY_DELAY, Interest, Io, RelayError, RelayOp, RelayOptions, Stream, UNDELIVERED_GRACE, relay,
@@ -25,7 +25,7 @@ pub(crate) fn listen<T: AsFd>(
     connector: &Connector,
     addr: SocketAddr,
     bind: impl FnOnce(SocketAddr) -> io::Result<T>,
-) -> Result<Io<T>, CliError> {
+) -> CliResult<Io<T>> {
     let open = || {
         let socket = bind(addr).map_err(|error| net::bind_error(error, addr))?;
         SockRef::from(&socket).set_nonblocking(true)?;
@@ -40,7 +40,7 @@ pub(crate) fn listen<T: AsFd>(
 }
 
 /// Forwards one connection, or with `-k` any number.
-pub(crate) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), CliError> {
+pub(crate) async fn run(connector: &Connector, addr: SocketAddr) -> CliResult {
     let listener = listen(connector, addr, TcpListener::bind)?;
     if !connector.args.keep_open {
         let local = accept(connector, &listener).await?;
@@ -62,7 +62,7 @@ pub(crate) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), C
 pub(crate) type Task<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 /// Accepts the next connection. After an error, accept(2) is retried after a pause; only the first error is printed.
-async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
+async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> CliResult<Conn> {
     let mut is_reported = false;
     loop {
         let accepted = listener.with(Interest::Read, net::accept).await;
@@ -84,7 +84,7 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Con
 }
 
 /// Forwards one connection until it ends.
-async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), CliError> {
+async fn serve_connection(connector: &Connector, mut local: Conn) -> CliResult {
     let request = connector.retry(async |client| client.request(Command::Connect).await);
     let disconnected = async {
         local.wait_eof().await;

@@ -145,8 +145,8 @@ pub struct ClientArgs {
     #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout))]
     connect_timeout: Option<Duration>,
 
-    /// time limit of the whole run [default: never]. It covers all attempts and the transfer, as in curl. The exit status
-    /// is 28.
+    /// time limit of the whole run [default: never]. It covers all attempts and the transfer, as in curl. The exit
+    /// status is 28.
     #[argh(option, short = 'm', arg_name = "TIME", from_str_fn(parse_timeout))]
     pub(crate) max_time: Option<Duration>,
 
@@ -162,8 +162,8 @@ pub struct ClientArgs {
     pub(crate) idle_timeout: Option<Duration>,
 
     /// limit the wait for stdin after the remote end. When the remote side has ended the stream, s5 reads stdin to
-    /// its end, unless stdin is a terminal. With --linger, it exits when stdin has been silent for this long. Without it,
-    /// s5 exits when the peer is gone, which TCP keepalive detects within 75s. With -l, this applies to the local
+    /// its end, unless stdin is a terminal. With --linger, it exits when stdin has been silent for this long. Without
+    /// it, s5 exits when the peer is gone, which TCP keepalive detects within 75s. With -l, this applies to the local
     /// connection, and with -e and -c to the output of the program.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
     pub(crate) linger: Option<Duration>,

@@ -7,8 +7,7 @@ use ipnet::IpNet;
 
 use super::options::ClientArgs;
 use crate::client::{Proxy, parse_hops};
-use crate::cmd::cli::exit::CliError;
-use crate::cmd::cli::values::DEFAULT_ADDR;
+use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::net::parse_literal;
 use crate::proto::{Addr, Host, split_host_port};
 
@@ -21,7 +20,7 @@ const NO_PROXY_VARIABLES: [&str; 2] = ["no_proxy", "NO_PROXY"];
 const HTTP_PROXY_VARIABLES: [&str; 4] = ["https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"];
 
 /// Returns the proxies on the route to `dst`, nearest first; none for a direct connection.
-pub(super) fn select_proxies(args: &ClientArgs, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliError> {
+pub(super) fn select_proxies(args: &ClientArgs, dst: Option<&Addr>) -> CliResult<Vec<Proxy>> {
     match (args.direct, args.proxy.as_slice()) {
         (true, []) => return Ok(Vec::new()),
         (true, _) => return Err(CliError::usage("--direct and --proxy cannot be combined")),
@@ -32,7 +31,7 @@ pub(super) fn select_proxies(args: &ClientArgs, dst: Option<&Addr>) -> Result<Ve
         }
     }
     let Some((name, text)) = PROXY_VARIABLES.into_iter().find_map(|name| Some((name, env_var(name)?))) else {
-        return parse_hops(&DEFAULT_ADDR.to_string()).map_err(CliError::usage);
+        return parse_hops("127.0.0.1").map_err(CliError::usage);
     };
     let no_proxy = NO_PROXY_VARIABLES.into_iter().find_map(env_var).unwrap_or_default();
     if dst.is_some_and(|dst| is_excluded(&no_proxy, dst)) {

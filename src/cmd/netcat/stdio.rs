@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::future::poll_fn;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -31,9 +31,14 @@ enum StdioEnd {
 }
 
 /// A descriptor whose reads and writes block, even if another process has set O_NONBLOCK.
-pub(crate) struct BlockingFile(pub(crate) File);
+pub(crate) struct BlockingFile(File);
 
 impl BlockingFile {
+    /// Duplicates a descriptor, for a thread with a buffer of `capacity` bytes.
+    pub(crate) fn duplicate(fd: impl AsFd, capacity: usize) -> io::Result<Unblock<Self>> {
+        Ok(Unblock::with_capacity(capacity, Self(fd.as_fd().try_clone_to_owned()?.into())))
+    }
+
     fn retry_when_ready<T>(&self, flags: PollFlags, mut op: impl FnMut(&File) -> io::Result<T>) -> io::Result<T> {
         loop {
             match op(&self.0) {

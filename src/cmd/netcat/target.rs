@@ -2,7 +2,7 @@
 
 use super::options::ClientArgs;
 use crate::client::{parse_addr, parse_addr_or_host, parse_port};
-use crate::cmd::cli::exit::CliError;
+use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::proto::{Addr, split_host_port};
 
 /// The error for an operand with `user@` or `user:password@`. The operand is not printed: that of a proxy may have a
@@ -10,7 +10,7 @@ use crate::proto::{Addr, split_host_port};
 const USER_NAME: &str = "expected a host without a user name (-x takes the URL of a proxy)";
 
 /// Returns the target, given as `host:port` or as `host port`. `None`: there is none, and `-z` does not need one.
-pub(crate) fn target(args: &ClientArgs, is_udp: bool) -> Result<Option<Addr>, CliError> {
+pub(crate) fn target(args: &ClientArgs, is_udp: bool) -> CliResult<Option<Addr>> {
     let parsed = match args.target.as_slice() {
         [] if args.zero_io => return Ok(None),
         [] => {
@@ -33,7 +33,7 @@ pub(crate) fn target(args: &ClientArgs, is_udp: bool) -> Result<Option<Addr>, Cl
 }
 
 /// Returns the peer that may connect, given as `host`, `host:port` or `host port`. `None`: any peer.
-pub(crate) fn expected_peer(args: &ClientArgs) -> Result<Option<Addr>, CliError> {
+pub(crate) fn expected_peer(args: &ClientArgs) -> CliResult<Option<Addr>> {
     let parsed = match args.target.as_slice() {
         [] => return Ok(None),
         [port] if port.parse::<u16>().is_ok() => {

@@ -17,7 +17,7 @@ use super::options::ClientArgs;
 use super::progress;
 use super::report::SessionReport;
 use super::stdio::StdioStream;
-use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus};
 use crate::conn::Conn;
 use crate::net::{
     RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, relay, send_descriptors, sleep, timeout_at,
@@ -30,10 +30,8 @@ const FLUSH_TIMEOUT: Duration = Duration::from_millis(250);
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
 /// Checks the options that apply to an established tunnel. Returns the program of `-e` or `-c`.
-pub(crate) fn check_args(args: &ClientArgs) -> Result<Option<Program>, CliError> {
-    if args.timeout.is_some_and(|time| time.is_zero()) {
-        return Err(CliError::usage("-w: must be greater than 0"));
-    }
+pub(crate) fn check_args(args: &ClientArgs) -> CliResult<Option<Program>> {
+    CliError::usage_if(args.timeout.is_some_and(|time| time.is_zero()), "-w: must be greater than 0")?;
     let exclusive = [
         (args.zero_io, "-z"),
         (args.pass_fd, "-F"),
@@ -47,20 +45,16 @@ pub(crate) fn check_args(args: &ClientArgs) -> Result<Option<Program>, CliError>
     if let [first, second, ..] = given.as_slice() {
         return Err(CliError::usage(format!("{first} and {second} cannot be combined")));
     }
-    let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
-    if args.linger.is_some() && (args.zero_io || args.pass_fd) {
-        return Err(CliError::usage(format!("--linger cannot be used with {}", given.concat())));
-    }
-    if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {
-        let relay_options = "-C, -q, --no-shutdown and --progress";
-        return Err(CliError::usage(format!("{relay_options} cannot be used with {}", given.concat())));
-    }
-    if args.pass_fd {
-        let is_socket = rustix::net::sockopt::socket_type(io::stdout()).is_ok();
-        if !is_socket {
-            return Err(CliError::usage("-F: stdout is not a socket (this option is for ssh's ProxyUseFdpass)"));
-        }
-    }
+    let given = given.concat();
+    let has_relay = !(args.zero_io || args.pass_fd);
+    CliError::usage_if(!has_relay && args.linger.is_some(), format!("--linger cannot be used with {given}"))?;
+    let has_stdin = has_relay && args.listen.is_none();
+    let needs_stdin = args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress;
+    let problem = format!("-C, -q, --no-shutdown and --progress cannot be used with {given}");
+    CliError::usage_if(needs_stdin && !has_stdin, problem)?;
+    let is_socket = || rustix::net::sockopt::socket_type(io::stdout()).is_ok();
+    let problem = "-F: stdout is not a socket (this option is for ssh's ProxyUseFdpass)";
+    CliError::usage_if(args.pass_fd && !is_socket(), problem)?;
     Program::from_args(args)
 }
 
@@ -71,7 +65,7 @@ pub(crate) async fn run(
     tunnel: Conn,
     bnd: &Addr,
     report: &mut SessionReport<'_>,
-) -> Result<(), CliError> {
+) -> CliResult {
     let args = &connector.args;
     let failure = |reason: &str, error| connector.transfer_error(ExitStatus::FAILURE, &format!("{reason}: {error}"));
     if args.zero_io {
@@ -102,7 +96,7 @@ async fn relay_local(
     mut program_exit: Option<Pin<Box<dyn Future<Output = io::Result<ExitStatus>>>>>,
     mut tunnel: Conn,
     report: &mut SessionReport<'_>,
-) -> Result<(), CliError> {
+) -> CliResult {
     let args = &connector.args;
     let (counts, stats) = report.start_relay();
     // After the end of the answer, a user at a terminal has nothing more to say.
@@ -163,11 +157,7 @@ async fn relay_local(
 }
 
 /// Maps the result of a relay to the result of the mode. `flushed` is the result of the last flush of stdout.
-pub(super) fn relay_result(
-    connector: &Connector,
-    outcome: RelayResult,
-    flushed: io::Result<()>,
-) -> Result<(), CliError> {
+pub(super) fn relay_result(connector: &Connector, outcome: RelayResult, flushed: io::Result<()>) -> CliResult {
     let outcome = match (outcome, flushed) {
         (
             Ok(_) | Err(RelayError::DstGone | RelayError::IdleTimeout | RelayError::Io(RelayOp::WriteClient, _)),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::request::ExplainedRequest;
 use crate::client::lookup;
-use crate::cmd::cli::exit::{CliError, ExitStatus, escape};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, escape};
 use crate::net::{Unlimited, canonical, parse_literal, reactor, timeout_at};
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 use crate::policy::{Policy, is_reachable};
@@ -18,7 +18,7 @@ use crate::server::{Options, is_local};
 const COMMENT_COLUMN: usize = 48;
 
 /// Prints all rules in order of evaluation, each with its origin.
-pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
+pub(super) fn show(policy: &Policy, options: &Options) -> CliResult {
     let mut text = String::new();
     let mut add = |rule: &str, origin: &str| text += &format!("{rule:COMMENT_COLUMN$}  # {origin}\n");
     for rule in policy.rules.in_display_order() {
@@ -40,7 +40,7 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
 }
 
 /// Prints the deciding rule for the name and for each address. Fails with status 1 if the request is denied.
-pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> Result<(), CliError> {
+pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> CliResult {
     policy.listen_addrs = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
     let query =
         ExplainedRequest::parse(request, &policy).map_err(|error| CliError::usage(format!("--explain: {error}")))?;
@@ -55,7 +55,7 @@ pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> R
     if is_allowed? { Ok(()) } else { Err(CliError::new(ExitStatus::FAILURE, "")) }
 }
 
-fn print(text: &str) -> Result<(), CliError> {
+fn print(text: &str) -> CliResult {
     let lines = text.lines().map(|line| escape(line) + "\n").collect::<String>();
     let result = std::io::stdout().write_all(lines.as_bytes());
     result.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("write to stdout: {error}")))
@@ -69,7 +69,7 @@ struct Explanation<'a> {
 }
 
 impl Explanation<'_> {
-    fn explain(&mut self) -> Result<bool, CliError> {
+    fn explain(&mut self) -> CliResult<bool> {
         let query = self.query;
         let request = query.request();
         if let Some(identity) = request.identity
@@ -110,7 +110,7 @@ impl Explanation<'_> {
     }
 
     /// Reports the decision for each address. Returns true if at least one is allowed.
-    fn report_addrs(&mut self, request: &AccessRequest<'_>, ips: &[IpAddr]) -> Result<bool, CliError> {
+    fn report_addrs(&mut self, request: &AccessRequest<'_>, ips: &[IpAddr]) -> CliResult<bool> {
         let mut is_any_allowed = false;
         for ip in ips {
             let ip = canonical(*ip, 0).ip();
@@ -119,7 +119,7 @@ impl Explanation<'_> {
         Ok(is_any_allowed)
     }
 
-    fn report(&mut self, subject: &str, request: &AccessRequest<'_>) -> Result<bool, CliError> {
+    fn report(&mut self, subject: &str, request: &AccessRequest<'_>) -> CliResult<bool> {
         let (decision, rule, route) = match self.policy.evaluate(request, is_local) {
             Decision::Allow(rule, route) if !is_reachable(request, rule, route) => {
                 let _ = writeln!(self.text, "deny {subject}: not a unicast address, or port 0");

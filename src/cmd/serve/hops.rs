@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::path::Path;
 
 use crate::client::{Proxy, parse_hops};
-use crate::cmd::cli::exit::CliError;
+use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::cmd::netcat::credentials::{assign_logins, is_stream, read_environment, read_login_file};
 use crate::proto::Credentials;
 
@@ -30,29 +30,26 @@ impl HopSources {
         via: Option<&str>,
         login_file: Option<String>,
         takes_passwords: bool,
-    ) -> Result<Self, CliError> {
+    ) -> CliResult<Self> {
         let mut sources = Self { login_file, takes_passwords, ..Self::default() };
         for text in hops {
             let (name, url) = text.split_once('=').ok_or_else(|| CliError::usage("--hop: expected NAME=URL"))?;
             // The name may be part of a URL with a password, so it is not printed.
             let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
-            if !is_name || name == "direct" {
-                let hint = "a name consists of letters, digits, \"-\", \"_\" and \".\", and is not \"direct\"";
-                return Err(CliError::usage(format!("--hop: expected NAME=URL; {hint}")));
-            }
-            if sources.hops.iter().any(|(other, _)| other == name) {
-                return Err(CliError::usage(format!("--hop: duplicate name {name:?}")));
-            }
+            let problem = "--hop: expected NAME=URL; a name consists of letters, digits, \"-\", \"_\" and \".\", and is \
+                           not \"direct\"";
+            CliError::usage_if(!is_name || name == "direct", problem)?;
+            let is_duplicate = sources.hops.iter().any(|(other, _)| other == name);
+            CliError::usage_if(is_duplicate, format!("--hop: duplicate name {name:?}"))?;
             sources.add(name, url)?;
         }
         via.map_or(Ok(()), |url| sources.add(VIA_HOP_NAME, url))?;
-        if sources.login_file.is_some() && sources.hops.is_empty() {
-            return Err(CliError::usage("--proxy-auth-file requires --via or --hop"));
-        }
+        let has_unused_file = sources.login_file.is_some() && sources.hops.is_empty();
+        CliError::usage_if(has_unused_file, "--proxy-auth-file requires --via or --hop")?;
         Ok(sources)
     }
 
-    fn add(&mut self, name: &str, url: &str) -> Result<(), CliError> {
+    fn add(&mut self, name: &str, url: &str) -> CliResult {
         let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("{}: {error}", option(name))))?;
         self.hops.push((name.into(), proxies));
         Ok(())
@@ -72,7 +69,7 @@ impl HopSources {
     ///
     /// # Errors
     /// The file is invalid, or a user has no password.
-    pub(super) fn load(&self) -> Result<Vec<Vec<Proxy>>, CliError> {
+    pub(super) fn load(&self) -> CliResult<Vec<Vec<Proxy>>> {
         let mut hops = self.hops.clone();
         if self.takes_passwords && !hops.is_empty() {
             let logins = self.read_logins()?;
@@ -84,7 +81,7 @@ impl HopSources {
         Ok(hops.into_iter().map(|(_, proxies)| proxies).collect())
     }
 
-    fn read_logins(&self) -> Result<Vec<Credentials>, CliError> {
+    fn read_logins(&self) -> CliResult<Vec<Credentials>> {
         let mut logins = match (&self.login_file, self.read_once.get()) {
             (_, Some(logins)) => logins.clone(),
             (Some(file), None) => read_login_file(file)?,
@@ -103,7 +100,7 @@ fn option(name: &str) -> String {
     if name == VIA_HOP_NAME { name.into() } else { format!("--hop {name}") }
 }
 
-fn no_password(proxy: &Proxy, uname: &[u8]) -> Result<Vec<u8>, CliError> {
+fn no_password(proxy: &Proxy, uname: &[u8]) -> CliResult<Vec<u8>> {
     let user = String::from_utf8_lossy(uname);
     let remedy = "use --proxy-auth-file or S5_PROXY_AUTH";
     Err(CliError::usage(format!("proxy {proxy}: no password for {user} ({remedy})")))

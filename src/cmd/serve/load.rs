@@ -7,7 +7,7 @@ use std::path::{self, Path, PathBuf};
 use std::sync::Arc;
 
 use super::hops::HopSources;
-use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus};
 use crate::cmd::cli::text_file;
 use crate::gssapi::Acceptor;
 use crate::policy::Policy;
@@ -49,12 +49,12 @@ pub(super) struct PolicySources {
 }
 
 impl PolicySources {
-    /// Reads the files and builds the policy. The log has warnings about rules and users that are valid but useless. Also
-    /// returns the proxies of each hop, with their passwords.
+    /// Reads the files and builds the policy. The log has warnings about rules and users that are valid but useless.
+    /// Also returns the proxies of each hop, with their passwords.
     ///
     /// # Errors
     /// A file cannot be read, or a line is invalid. The message names file, line and word.
-    pub(super) fn load(&self) -> Result<Configuration, CliError> {
+    pub(super) fn load(&self) -> CliResult<Configuration> {
         let users = self.users.as_deref().map(|file| {
             let text = read_file("--users", file, MAX_USERS_FILE)?;
             Users::parse(&text).map(Arc::new).map_err(|error| file_error(file, error))
@@ -81,7 +81,7 @@ impl PolicySources {
     ///
     /// # Errors
     /// Those of `load`, and a file that is not a regular one: a pipe may have no writer, and opening it would block.
-    pub(super) fn reload(&self) -> Result<Configuration, CliError> {
+    pub(super) fn reload(&self) -> CliResult<Configuration> {
         let is_special = |file: &&Path| fs::metadata(file).is_ok_and(|metadata| !metadata.is_file());
         match self.files().find(is_special) {
             Some(file) => Err(file_error(file, "not a regular file (a directory or a pipe cannot be reloaded)")),
@@ -114,7 +114,7 @@ impl PolicySources {
         }
     }
 
-    fn parse_rule_options(&self) -> Result<Vec<Rule>, CliError> {
+    fn parse_rule_options(&self) -> CliResult<Vec<Rule>> {
         let hops = self.hops.names();
         let parse = |RuleOption { option, text, .. }: &RuleOption| {
             let parsed = rules::parse_rule(text, option, &hops);
@@ -133,7 +133,7 @@ pub(super) fn gssapi_acceptor(
     keytab: Option<PathBuf>,
     service: Option<&str>,
     levels: Vec<ProtectionLevel>,
-) -> Result<Acceptor, CliError> {
+) -> CliResult<Acceptor> {
     if let Some(file) = &keytab {
         // The library reports every unreadable keytab as "nonexistent or empty"; this error is more exact.
         fs::File::open(file).map_err(unreadable("--keytab", file))?;
@@ -160,12 +160,21 @@ pub(super) fn file_error(file: &Path, problem: impl std::fmt::Display) -> CliErr
     CliError::new(ExitStatus::USAGE, format!("{}: {problem}", file.display()))
 }
 
+/// Returns the error of a file that cannot be opened or read, and how to create it if it is missing.
 fn unreadable(option: &str, file: &Path) -> impl Fn(io::Error) -> CliError {
-    move |error| CliError::new(ExitStatus::USAGE, format!("{option} {}: {error}", file.display()))
+    move |error| {
+        let remedy = match option {
+            _ if error.kind() != io::ErrorKind::NotFound => "",
+            "--users" => " (create it with --add-user NAME)",
+            "--keytab" => " (create it with ktadd of kadmin, and copy it to this path)",
+            _ => " (create it with one rule per line, or give rules with --allow and --deny)",
+        };
+        CliError::new(ExitStatus::USAGE, format!("{option} {}: {error}{remedy}", file.display()))
+    }
 }
 
 /// Reads a file of at most `max` bytes, which `option` names.
-pub(super) fn read_file(option: &str, file: &Path, max: u64) -> Result<String, CliError> {
+pub(super) fn read_file(option: &str, file: &Path, max: u64) -> CliResult<String> {
     let bytes = fs::File::open(file).and_then(|file| text_file::read(file, max)).map_err(unreadable(option, file))?;
     String::from_utf8(bytes).map_err(|error| {
         let before = error.as_bytes().iter().take(error.utf8_error().valid_up_to());

@@ -6,12 +6,12 @@ use std::os::unix::fs::{MetadataExt as _, fchown};
 use std::path::Path;
 
 use super::load::{MAX_USERS_FILE, file_error, read_file};
-use crate::cmd::cli::exit::{CliError, ExitStatus, escape};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, escape};
 use crate::cmd::cli::output_file;
 use crate::policy::users::{self, Users};
 
 /// Adds a user or changes the password. Returns a report for the user.
-pub(super) fn add_user(file: &Path, name: &str) -> Result<String, CliError> {
+pub(super) fn add_user(file: &Path, name: &str) -> CliResult<String> {
     let usage_error = |error| CliError::usage(format!("--add-user: {error}"));
     users::check_name(name).map_err(usage_error)?;
     read_valid_users(file)?;
@@ -29,14 +29,14 @@ fn change_report(file: &Path, change: &str, name: &str) -> String {
 }
 
 /// Reads a users file and checks that it is valid. A missing file is empty.
-fn read_valid_users(file: &Path) -> Result<String, CliError> {
+fn read_valid_users(file: &Path) -> CliResult<String> {
     let text = if file.exists() { read_file("--users", file, MAX_USERS_FILE)? } else { String::new() };
     Users::parse(&text).map_err(|error| file_error(file, error))?;
     Ok(text)
 }
 
 /// Removes a user. Returns a report for the user.
-pub(super) fn remove_user(file: &Path, name: &str) -> Result<String, CliError> {
+pub(super) fn remove_user(file: &Path, name: &str) -> CliResult<String> {
     let text = read_file("--users", file, MAX_USERS_FILE)?;
     let text = users::edit_entry(&text, name, None).ok_or_else(|| file_error(file, format!("no user {name:?}")))?;
     replace_file(file, &text)?;
@@ -45,7 +45,7 @@ pub(super) fn remove_user(file: &Path, name: &str) -> Result<String, CliError> {
 
 /// Replaces a file atomically. The new file has owner, group and mode of the old one. If there is no old one, only the
 /// owner can read it.
-fn replace_file(file: &Path, text: &str) -> Result<(), CliError> {
+fn replace_file(file: &Path, text: &str) -> CliResult {
     // Replaces the target of a symbolic link, not the link.
     let target = output_file::resolve_links(file).map_err(|error| file_error(file, error))?;
     let write = |new: &mut fs::File| {
@@ -67,7 +67,7 @@ fn replace_file(file: &Path, text: &str) -> Result<(), CliError> {
 }
 
 /// Reads a password: twice and without echo from the terminal, or the first line of stdin if that is not a terminal.
-fn read_new_password(name: &str) -> Result<String, CliError> {
+fn read_new_password(name: &str) -> CliResult<String> {
     let read_error =
         |error: io::Error| CliError::new(ExitStatus::FAILURE, format!("read the password for {name:?}: {error}"));
     if !io::stdin().is_terminal() {

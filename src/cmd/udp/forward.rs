@@ -10,7 +10,7 @@ use smol::LocalExecutor;
 use smol::channel::{Receiver, Sender, bounded};
 
 use super::transfer::{self, Transfer};
-use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliResult, ExitStatus};
 use crate::cmd::netcat::connector::{Connector, ModeFuture};
 use crate::cmd::netcat::forward::{Task, listen};
 use crate::net::{DATAGRAM_BUFFER_SIZE, Interest, Io, retry_refused, sleep, yield_now};
@@ -23,14 +23,15 @@ const LARGE_DATAGRAM: usize = 2048;
 const MAX_QUEUED_LARGE: usize = 4;
 /// Pause before the next attempt for a peer whose association could not be established.
 const ASSOCIATION_RETRY_PAUSE: Duration = Duration::from_secs(1);
-/// Default idle timeout of a peer's association: the value that RFC 4787 section 4.3 recommends for the mappings of a NAT.
+/// Default idle timeout of a peer's association: the value that RFC 4787 section 4.3 recommends for the mappings of a
+/// NAT.
 const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// The queue of datagrams of each peer, from its first datagram to the end of its association.
 type PeerQueues = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
 
 /// Relays between a local port and the target until an error occurs.
-pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), CliError> {
+pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> CliResult {
     let socket = listen(connector, addr, UdpSocket::bind)?;
     let peers = PeerQueues::default();
     let executor = LocalExecutor::new();
@@ -98,7 +99,7 @@ async fn serve_peer(
 }
 
 /// Sends the datagrams of a peer.
-async fn send(transfer: &Transfer<'_>, datagrams: &Receiver<Vec<u8>>, peer: SocketAddr) -> Result<(), CliError> {
+async fn send(transfer: &Transfer<'_>, datagrams: &Receiver<Vec<u8>>, peer: SocketAddr) -> CliResult {
     while let Ok(data) = datagrams.recv().await {
         // A datagram that is too large is dropped.
         if let Err(error) = transfer.send(&data).await {
@@ -109,7 +110,7 @@ async fn send(transfer: &Transfer<'_>, datagrams: &Receiver<Vec<u8>>, peer: Sock
 }
 
 /// Receives the answers to a peer.
-async fn receive(transfer: &Transfer<'_>, socket: &Io<UdpSocket>, peer: SocketAddr) -> Result<(), CliError> {
+async fn receive(transfer: &Transfer<'_>, socket: &Io<UdpSocket>, peer: SocketAddr) -> CliResult {
     loop {
         let (from, data) = transfer.recv().await?;
         if !transfer.association.is_from_target(&from) {

@@ -1,15 +1,13 @@
 //! Framings of datagrams in stdin and stdout: text lines, hexadecimal lines, length prefixes, or one datagram per read.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::AsFd as _;
 
 use futures_lite::io::BufReader;
 use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use smol::Unblock;
 
-use crate::cmd::cli::exit::CliError;
+use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::cmd::netcat::options::ClientArgs;
 use crate::cmd::netcat::stdio::BlockingFile;
 use crate::proto::MAX_UDP6_PAYLOAD;
@@ -31,7 +29,7 @@ pub(super) enum Framing {
 }
 
 impl Framing {
-    pub(super) fn from_args(args: &ClientArgs) -> Result<Self, CliError> {
+    pub(super) fn from_args(args: &ClientArgs) -> CliResult<Self> {
         match (args.raw, args.hex, args.length_prefixed) {
             (false, false, false) => Ok(Self::Lines),
             (true, false, false) => Ok(Self::Raw),
@@ -50,8 +48,7 @@ pub(super) struct DatagramReader {
 
 impl DatagramReader {
     pub(super) fn new(framing: Framing) -> io::Result<Self> {
-        let stdin = BlockingFile(File::from(io::stdin().as_fd().try_clone_to_owned()?));
-        Ok(Self { framing, stdin: BufReader::new(Unblock::with_capacity(MAX_UDP6_PAYLOAD, stdin)) })
+        Ok(Self { framing, stdin: BufReader::new(BlockingFile::duplicate(io::stdin(), MAX_UDP6_PAYLOAD)?) })
     }
 
     /// Returns the next datagram; `None` at the end of stdin.
@@ -84,15 +81,13 @@ async fn read_line(stdin: &mut BufReader<Unblock<BlockingFile>>, max: usize) -> 
     if stdin.take(max as u64 + 2).read_until(b'\n', &mut line).await? == 0 {
         return Ok(None);
     }
-    if line.last() == Some(&b'\n') {
-        line.pop();
-    }
+    line.pop_if(|last| *last == b'\n');
     Ok(Some(line))
 }
 
 fn decode_hex(digits: &[u8]) -> io::Result<Vec<u8>> {
     let digits: Vec<u8> = digits.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
-    hex::decode(digits).map_err(|error| invalid(format!("not hexadecimal: {error}")))
+    hex::decode(digits).map_err(|error| io::Error::other(format!("not hexadecimal: {error}")))
 }
 
 async fn read_length_prefixed(stdin: &mut BufReader<Unblock<BlockingFile>>) -> io::Result<Option<Vec<u8>>> {
@@ -107,13 +102,9 @@ async fn read_length_prefixed(stdin: &mut BufReader<Unblock<BlockingFile>>) -> i
         Ok(Some(data))
     };
     read_frame().await.map_err(|error: io::Error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => invalid("the input ends within a datagram".into()),
+        io::ErrorKind::UnexpectedEof => io::Error::other("the input ends within a datagram"),
         _ => error,
     })
-}
-
-fn invalid(reason: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
 /// Writes answers to stdout on its own thread, so that a slow reader does not block sending and receiving.
@@ -127,8 +118,7 @@ pub(super) struct DatagramWriter {
 
 impl DatagramWriter {
     pub(super) fn new(framing: Framing, is_enabled: bool) -> io::Result<Self> {
-        let file = is_enabled.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
-        let file = file.map(|fd| Unblock::with_capacity(MAX_UDP6_PAYLOAD, BlockingFile(File::from(fd))));
+        let file = is_enabled.then(|| BlockingFile::duplicate(io::stdout(), MAX_UDP6_PAYLOAD)).transpose()?;
         Ok(Self { framing, file, pending: VecDeque::new() })
     }
 

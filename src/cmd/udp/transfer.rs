@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use futures_lite::FutureExt as _;
 
 use crate::client::{Association, Client};
-use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus};
 use crate::cmd::netcat::connector::Connector;
 use crate::cmd::netcat::report::SessionReport;
 use crate::net::{ByteCounts, RelayStats, sleep_until, yield_now};
@@ -30,8 +30,8 @@ pub(super) struct Transfer<'a> {
 pub(super) async fn run(
     connector: &Connector,
     peer: Option<SocketAddr>,
-    transfer: impl AsyncFnOnce(&Transfer<'_>) -> Result<(), CliError>,
-) -> Result<(), CliError> {
+    transfer: impl AsyncFnOnce(&Transfer<'_>) -> CliResult,
+) -> CliResult {
     let run_transfer = async |association: Association, _: &Client, report: &mut SessionReport<'_>| {
         if let Some(relay) = association.relay() {
             report.bnd = Some(relay.clone());
@@ -54,15 +54,15 @@ impl Transfer<'_> {
     /// `idle_timeout`.
     pub(super) async fn run(
         &self,
-        send: impl Future<Output = Result<(), CliError>>,
-        receive: impl Future<Output = Result<(), CliError>>,
+        send: impl Future<Output = CliResult>,
+        receive: impl Future<Output = CliResult>,
         idle_timeout: Option<Duration>,
-    ) -> Result<(), CliError> {
+    ) -> CliResult {
         receive.or(send).or(self.idle(idle_timeout)).or(self.closed()).await
     }
 
     /// Waits until there has been no datagram for `timeout`. Always returns an error.
-    pub(super) async fn idle<T>(&self, timeout: Option<Duration>) -> Result<T, CliError> {
+    pub(super) async fn idle<T>(&self, timeout: Option<Duration>) -> CliResult<T> {
         let Some(limit) = timeout else { return std::future::pending().await };
         while self.last_activity.get().elapsed() < limit {
             sleep_until(self.last_activity.get() + limit).await;
@@ -81,7 +81,7 @@ impl Transfer<'_> {
     }
 
     /// Receives a datagram and its sender. The caller counts it if it is an answer.
-    pub(super) async fn recv(&self) -> Result<(Addr, Vec<u8>), CliError> {
+    pub(super) async fn recv(&self) -> CliResult<(Addr, Vec<u8>)> {
         let received = self.association.recv().await;
         received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))
     }
@@ -94,7 +94,7 @@ impl Transfer<'_> {
     }
 
     /// Waits until a proxy ends the association. Always returns an error.
-    async fn closed(&self) -> Result<(), CliError> {
+    async fn closed(&self) -> CliResult {
         let proxy = self.association.closed().await;
         let target = self.connector.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
         let message = format!("proxy {proxy}: transfer{target}: the proxy ended the association");

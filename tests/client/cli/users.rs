@@ -109,6 +109,21 @@ fn hash_above_a_limit_is_an_error_whose_remedy_works() {
 }
 
 #[test]
+fn message_about_a_missing_file_says_how_to_create_it() {
+    let logins = "(create it with one user:password per line)";
+    for (args, remedy) in [
+        ("serve --users", "(create it with --add-user NAME)"),
+        ("serve --rules", "(create it with one rule per line, or give rules with --allow and --deny)"),
+        ("serve --keytab", "(create it with ktadd of kadmin, and copy it to this path)"),
+        ("serve --via 127.0.0.1:9 --proxy-auth-file", logins),
+        ("connect 127.0.0.1:9 --proxy-auth-file", logins),
+    ] {
+        let words = [args.rsplit(' ').next().unwrap_or_default(), &format!("file: no such file or directory {remedy}")];
+        assert_line(&format!("{args} /nonexistent/file"), 2, &words);
+    }
+}
+
+#[test]
 fn unreadable_users_file_is_an_error_with_its_name() {
     let (dir, missing) = new_file();
     assert_line(&format!("serve --users {missing}"), 2, &[&format!("--users {missing}: "), "no such file"]);
