@@ -30,8 +30,8 @@ impl Sshd {
         }
         let public = |key: &str| std::fs::read_to_string(path(&format!("{key}.pub"))).expect("file read");
         write_file(dir.path(), "known_hosts", &format!("* {}", public("host_key")));
-        // StrictModes would refuse the keys, because /tmp is world-writable. Without PAM, an sshd that does not run as root
-        // can't read the user's password and treats the account as locked.
+        // StrictModes would refuse the keys, because /tmp is world-writable. Without PAM, an sshd that does not run as
+        // root can't read the user's password and treats the account as locked.
         let config = write_file(
             dir.path(),
             "sshd_config",

@@ -1,5 +1,5 @@
-//! Interoperation with Dante's server and client. S5_TEST_DANTE names the install directory of a build with GSSAPI, with
-//! sbin/sockd and bin/socksify (Debian's packages have no GSSAPI). Without it, the tests are skipped.
+//! Interoperation with Dante's server and client. S5_TEST_DANTE names the install directory of a build with GSSAPI,
+//! with sbin/sockd and bin/socksify (Debian's packages have no GSSAPI). Without it, the tests are skipped.
 
 use crate::support::realm::Realm;
 use crate::*;

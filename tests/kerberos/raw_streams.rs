@@ -1,5 +1,5 @@
-//! An independent client with an open tunnel: which tokens the server accepts in a protected stream. tests/wire/protected.rs
-//! has its pieces and its end.
+//! An independent client with an open tunnel: which tokens the server accepts in a protected stream.
+//! tests/wire/protected.rs has its pieces and its end.
 
 use crate::peer::{ABORT, ALL, AUTHENTICATION, DATA, Library, PROTECTION, Peer, message, set_up};
 use crate::support::realm::Realm;

@@ -1,5 +1,5 @@
-//! The lines of the log that one client can cause: at most 20 a second, with the number of the others. Failed logins and
-//! other clients keep their lines.
+//! The lines of the log that one client can cause: at most 20 a second, with the number of the others. Failed logins
+//! and other clients keep their lines.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -42,7 +42,8 @@ fn send_to_name((_, socket, bnd): &(TcpStream, UdpSocket, SocketAddr), name: &st
     socket.send_to(&datagram, bnd).expect("datagram sent");
 }
 
-/// Uses names that no server answers for, from one of several addresses of one client. Returns what keeps the requests alive.
+/// Uses names that no server answers for, from one of several addresses of one client. Returns what keeps the requests
+/// alive.
 type Flood = fn(&Server, &dyn Fn(usize) -> IpAddr) -> Vec<Box<dyn std::any::Any>>;
 
 fn flood_with(server: &Server, ip: &dyn Fn(usize) -> IpAddr, command: u8) -> Vec<Box<dyn std::any::Any>> {

@@ -25,8 +25,8 @@ fn stages() -> [(&'static str, Vec<u8>, Vec<u8>); 5] {
     ]
 }
 
-/// Returns the private memory that the server has written to, in bytes, once the threads that hash passwords have ended:
-/// their memory is not that of the clients.
+/// Returns the private memory that the server has written to, in bytes, once the threads that hash passwords have
+/// ended: their memory is not that of the clients.
 fn dirty_bytes(server: &Server) -> usize {
     wait_until("the hashes are done", TIMEOUT, || !threads(server).0.iter().any(|name| name == "s5-hash"));
     proc_kib(server, "smaps_rollup", "Private_Dirty") * 1024

@@ -141,8 +141,8 @@ proptest! {
     }
 }
 
-/// The connection is full, so that the reset discards bytes which dst could not send yet. The relay notices the reset by
-/// a write to dst, and the kernel reports it to that write only.
+/// The connection is full, so that the reset discards bytes which dst could not send yet. The relay notices the reset
+/// by a write to dst, and the kernel reports it to that write only.
 #[test]
 fn reset_that_a_write_reports_is_not_relayed_as_end_of_stream() {
     let mut harness = Harness::<SocketTunnel>::new(CAPACITY, RelayOptions::default());

@@ -1,4 +1,5 @@
-//! UDP ASSOCIATE end to end, on loopback (RFC 1928 section 7): relaying, filtering, names, and the end of an association.
+//! UDP ASSOCIATE end to end, on loopback (RFC 1928 section 7): relaying, filtering, names, and the end of an
+//! association.
 
 pub mod association;
 mod bursts;

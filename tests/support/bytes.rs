@@ -64,8 +64,8 @@ impl Placeholders {
         Err(format!("expected a datagram of {} bytes, received {}: {}", expected.len(), got.len(), hex(got)))
     }
 
-    /// Reads exactly these items from a stream, and returns the bytes. `{bnd}` accepts any loopback address with a port,
-    /// and stores it.
+    /// Reads exactly these items from a stream, and returns the bytes. `{bnd}` accepts any loopback address with a
+    /// port, and stores it.
     pub fn expect(&mut self, stream: &mut TcpStream, items: &[Item]) -> Result<Vec<u8>, String> {
         let mut got = Vec::new();
         for item in items {

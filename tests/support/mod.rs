@@ -265,8 +265,8 @@ pub fn closed_port() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("free port")
 }
 
-/// Repeats a call that a signal interrupted. A socket with a timeout returns EINTR even if only this process was stopped
-/// and continued (signal(7)); `read_exact` and the like repeat the call themselves.
+/// Repeats a call that a signal interrupted. A socket with a timeout returns EINTR even if only this process was
+/// stopped and continued (signal(7)); `read_exact` and the like repeat the call themselves.
 pub fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {

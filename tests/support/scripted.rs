@@ -1,5 +1,5 @@
-//! The proxy's side of a transcript: [`Player`] plays its steps, even ones that violate the protocol; [`ScriptedServer`]
-//! does so on its own thread. Also: programs that run in the background of a test.
+//! The proxy's side of a transcript: [`Player`] plays its steps, even ones that violate the protocol;
+//! [`ScriptedServer`] does so on its own thread. Also: programs that run in the background of a test.
 
 use std::io::Read;
 use std::process::{ChildStdin, ExitStatus};

@@ -370,7 +370,8 @@ fn other_protocol_gets_its_own_rejection_and_safe_display() {
     assert!(!shown[3].contains('\x1b'), "{:?}", shown[3]);
 }
 
-/// A length byte must not reserve memory for bytes that have not arrived. A connection allocates what a decoder requests.
+/// A length byte must not reserve memory for bytes that have not arrived. A connection allocates what a decoder
+/// requests.
 #[test]
 fn message_allocates_at_most_its_own_length_and_at_most_the_longest_of_the_rfcs() {
     assert_eq!([Greeting::MAX_LEN, Credentials::MAX_LEN, Request::MAX_LEN, Reply::MAX_LEN], [257, 513, 262, 262]);

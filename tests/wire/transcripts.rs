@@ -1,8 +1,8 @@
 //! Plays the transcripts in `*.txt` against `s5 serve` and the s5 clients. `README.md` introduces them.
 //!
 //! A transcript starts with a comment that states its fact, and the RFC requirements that it tests. Lines may be joined
-//! with `;`. Rows at the end make a table: each is a transcript of its own, with its name in the first cell, and the other
-//! cells in the places of $1, $2 and so on. The keywords:
+//! with `;`. Rows at the end make a table: each is a transcript of its own, with its name in the first cell, and the
+//! other cells in the places of $1, $2 and so on. The keywords:
 //!
 //! ```text
 //! # A correct password is answered 01 00 (RFC 1929 section 2). [30 31]    numbers of rows of the table in README.md
@@ -33,9 +33,10 @@
 //! ```
 //!
 //! Placeholders: `{bnd}` in a reply accepts any loopback address with a port. `{same-bnd}` in a reply, and `{bnd}`
-//! elsewhere, is the last such address. `{greeting}`, `{login}` and `{request}` accept any such message of a client. `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of BIND.
-//! `{listener}` and `{listener6}` are the listeners of the server. If the test is the server, `{relay}` is its UDP
-//! socket and `{any-relay}` is 0.0.0.0 with the same port. `fixtures.rs` defines all others.
+//! elsewhere, is the last such address. `{greeting}`, `{login}` and `{request}` accept any such message of a client.
+//! `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of BIND. `{listener}` and `{listener6}` are
+//! the listeners of the server. If the test is the server, `{relay}` is its UDP socket and `{any-relay}` is 0.0.0.0
+//! with the same port. `fixtures.rs` defines all others.
 //!
 //! After the last line the test closes its side. Bytes from s5 that the transcript does not mention are an error.
 

@@ -114,7 +114,8 @@ impl Proxy {
         !matches!(self.kind, ProxyKind::Floor | ProxyKind::FloorSplice | ProxyKind::Microsocks | ProxyKind::Ssh)
     }
 
-    /// Returns the number of descriptors of one tunnel. hev-socks5-server and the floor with splice open two pipes more.
+    /// Returns the number of descriptors of one tunnel. hev-socks5-server and the floor with splice open two pipes
+    /// more.
     pub fn descriptors_per_tunnel(&self) -> u64 {
         if matches!(self.kind, ProxyKind::Hev | ProxyKind::FloorSplice) { 6 } else { 2 }
     }

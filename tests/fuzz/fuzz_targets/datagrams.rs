@@ -1,5 +1,5 @@
-//! Sends random datagrams to the relay of a server as its client, and to a client as its relay. They must not panic, and a
-//! valid datagram must be relayed after each input. Run it in a network namespace: headers name random targets.
+//! Sends random datagrams to the relay of a server as its client, and to a client as its relay. They must not panic,
+//! and a valid datagram must be relayed after each input. Run it in a network namespace: headers name random targets.
 
 #![no_main]
 

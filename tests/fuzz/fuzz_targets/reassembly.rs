@@ -1,5 +1,6 @@
 //! Pushes random datagrams at random times to a reassembly queue. The queue must not panic, hold or return more than
-//! one UDP payload, or hold memory after its timeout. Also fragments and reassembles random payloads with random limits.
+//! one UDP payload, or hold memory after its timeout. Also fragments and reassembles random payloads with random
+//! limits.
 
 #![no_main]
 

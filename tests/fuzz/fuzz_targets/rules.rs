@@ -1,5 +1,5 @@
-//! Parses random text as rules, and evaluates requests with them. Parsing must not panic, and an error must have a text.
-//! The decision must not depend on comments and spaces, and a decision without all facts must be the final one.
+//! Parses random text as rules, and evaluates requests with them. Parsing must not panic, and an error must have a
+//! text. The decision must not depend on comments and spaces, and a decision without all facts must be the final one.
 
 #![no_main]
 

@@ -1,5 +1,5 @@
-//! Sends random bytes in random pieces to a server, as a client does. The server must not panic or end. A client that is
-//! well-behaved must be served after each input. Run it in a network namespace: requests name random targets.
+//! Sends random bytes in random pieces to a server, as a client does. The server must not panic or end. A client that
+//! is well-behaved must be served after each input. Run it in a network namespace: requests name random targets.
 
 #![no_main]
 

@@ -1,5 +1,5 @@
-//! Clients and targets on other hosts than the server. The server has its own network namespace, with an address in each
-//! of two networks. All other addresses belong to the namespace of the test, at the other ends of two veth pairs.
+//! Clients and targets on other hosts than the server. The server has its own network namespace, with an address in
+//! each of two networks. All other addresses belong to the namespace of the test, at the other ends of two veth pairs.
 //!
 //! | host | addresses |
 //! | --- | --- |

@@ -1,5 +1,5 @@
-//! A reload at each step of a session. Unchanged files have no effect; a denial by new files applies as if they had been
-//! loaded from the start.
+//! A reload at each step of a session. Unchanged files have no effect; a denial by new files applies as if they had
+//! been loaded from the start.
 
 use super::tools::{
     ALICE, Setup, assert_no_connection, assert_no_datagram, associate, log_in, only_bob, request_for, udp_target,

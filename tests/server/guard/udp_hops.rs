@@ -1,5 +1,5 @@
-//! Upstream proxies of UDP associations: opened when needed, failing, closed, changed by a reload; and clients that leave
-//! while a proxy is silent.
+//! Upstream proxies of UDP associations: opened when needed, failing, closed, changed by a reload; and clients that
+//! leave while a proxy is silent.
 
 use super::tools::{Setup, assert_no_datagram, associate, associate_anonymously, request_for, udp_target};
 use crate::udp::association::{Association, datagram_name, receive};

@@ -1,5 +1,5 @@
-//! BIND: BND, peers of rules and names, ports, and the relay. tests/wire has both replies, accepted and refused peers, and
-//! closing of the listener.
+//! BIND: BND, peers of rules and names, ports, and the relay. tests/wire has both replies, accepted and refused peers,
+//! and closing of the listener.
 
 use crate::*;
 

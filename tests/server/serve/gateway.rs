@@ -1,5 +1,5 @@
-//! BND of BIND and UDP ASSOCIATE on a host with two networks: that of the clients (10.9.0.0/24, fd09::/64) and that of the
-//! peers (10.9.1.0/24, fd09:1::/64).
+//! BND of BIND and UDP ASSOCIATE on a host with two networks: that of the clients (10.9.0.0/24, fd09::/64) and that of
+//! the peers (10.9.1.0/24, fd09:1::/64).
 
 use crate::guard::hosts::{Host, server_addr, server_addr_v6};
 use crate::guard::tools::{assert_accepts_peer, associate, log_in, send_request};

@@ -22,8 +22,8 @@ pub fn pieces(mut rest: &[u8]) -> Vec<&[u8]> {
     pieces
 }
 
-/// Returns a path for a socket or a file of this process. Earlier ones with this name are removed: libFuzzer ends without
-/// cleaning up.
+/// Returns a path for a socket or a file of this process. Earlier ones with this name are removed: libFuzzer ends
+/// without cleaning up.
 pub fn temp_path(name: &str) -> PathBuf {
     let path = std::env::temp_dir().join(format!("s5-fuzz-{name}"));
     let _ = std::fs::remove_file(&path);
@@ -31,7 +31,8 @@ pub fn temp_path(name: &str) -> PathBuf {
 }
 
 /// Starts `s5 serve` on a thread of this process at the first call, and returns its Unix socket and its TCP address.
-/// Accepts clients without a login, and user "u" with password "p". Without the sandbox, which would hold for the fuzzer.
+/// Accepts clients without a login, and user "u" with password "p". Without the sandbox, which would hold for the
+/// fuzzer.
 pub fn server() -> &'static (PathBuf, SocketAddr) {
     static ADDRS: OnceLock<(PathBuf, SocketAddr)> = OnceLock::new();
     ADDRS.get_or_init(|| {
