@@ -318,7 +318,6 @@ async fn send_frame(conn: &mut Conn, frame: Frame) -> GssapiResult<()> {
     conn.write_message(&frame).await.map_err(|error| GssapiError::Refused(error.to_string()))
 }
 
-/// Unwraps the protection level, which is one byte.
 fn unwrap_level(context: &mut GssContext, token: &mut [u8]) -> GssapiResult<u8> {
     let unwrapped = context.unwrap(token)?;
     match unwrapped.data.as_slice() {

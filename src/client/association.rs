@@ -30,7 +30,6 @@ pub struct Association {
     dst: Addr,
     /// The addresses of `dst` if this machine resolves them for the last hop.
     target: Option<ResolvedAddr>,
-    /// Received datagrams that were dropped as invalid.
     invalid: Cell<u64>,
 }
 
@@ -48,7 +47,6 @@ pub struct LossCounts {
 #[derive(Debug)]
 struct HopAssociation {
     control: Conn,
-    /// GSSAPI protection of this hop's datagrams.
     protection: Option<Protection>,
     proxy: String,
     relay: Addr,

@@ -9,22 +9,17 @@ use crate::gssapi;
 use crate::net::DialError;
 use crate::proto::{Addr, Rep};
 
-/// Phase of the client handshake.
+/// Phase of the client handshake. Without proxies, there are only `ResolveTarget` and `Connect`. `Accept` waits for the
+/// second reply to BIND.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "Display describes them")]
 pub enum Phase {
-    /// Resolving the target's name on this machine.
     ResolveTarget,
-    /// Resolving the name of the first proxy.
     ResolveProxy,
-    /// Connecting to the proxy or, without proxies, to the target.
     Connect,
-    /// Greeting and method selection (RFC 1928 section 3).
     Greeting,
-    /// Login by password (RFC 1929) or GSSAPI (RFC 1961).
     Login,
-    /// Request and reply.
     Request,
-    /// Waiting for the second reply to BIND.
     Accept,
 }
 
@@ -94,16 +89,13 @@ impl From<DialError> for ClientErrorKind {
     }
 }
 
-/// A failed handshake.
+/// A failed handshake. `proxy` is `None` for a direct connection. `target` is that of the request, or the next proxy.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "self-explanatory")]
 pub struct ClientError {
-    /// The proxy. `None` for a direct connection.
     pub proxy: Option<String>,
-    /// The target of the request, or the next proxy.
     pub target: Option<String>,
-    /// The phase in which it failed.
     pub phase: Phase,
-    /// The cause.
     pub kind: ClientErrorKind,
 }
 

@@ -75,7 +75,6 @@ impl ResolvedAddr {
         self.addrs.borrow_mut().on_answer(from);
     }
 
-    /// Returns true if `from` is one of the addresses.
     pub(super) fn contains(&self, from: &Addr) -> bool {
         from.port == self.addr.port && matches!(from.host, Host::Ip(ip) if self.addrs.borrow().contains(ip))
     }
@@ -106,7 +105,6 @@ impl PeerSocket {
         Ok(socket)
     }
 
-    /// Returns the open socket with this index, and its peer.
     pub(super) fn get(&self, index: usize) -> Option<(SocketAddr, Rc<Io<UdpSocket>>)> {
         self.sockets.borrow().get(index).cloned()
     }

@@ -24,7 +24,6 @@ use crate::proto::{Addr, Command, Host};
 const FIFO_WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 const FIFO_RETRY_PAUSE: Duration = Duration::from_millis(50);
 
-/// The destination of `--address-file`.
 enum AddrOutput {
     File(PathBuf),
     Descriptor(File),
@@ -64,7 +63,6 @@ fn is_regular(path: &Path) -> Option<bool> {
     path.symlink_metadata().ok().map(|metadata| metadata.is_file())
 }
 
-/// Runs the mode until it ends.
 pub(super) fn run(args: ClientArgs, json: JsonOutput) -> CliResult {
     let program = tunnel::check_args(&args)?;
     let peer = expected_peer(&args)?;
@@ -84,7 +82,6 @@ pub(super) fn run(args: ClientArgs, json: JsonOutput) -> CliResult {
     connector.run(Box::pin(connector.run_reported(request, transfer)))
 }
 
-/// Prints the bound address and waits for the peer. Returns the peer's address.
 async fn accept_peer(
     connector: &Connector,
     client: &Client,

@@ -11,7 +11,6 @@ use crate::client::Client;
 use crate::conn::Conn;
 use crate::proto::{Addr, Command};
 
-/// Runs the mode until it ends.
 pub(super) fn run(args: ClientArgs, json: JsonOutput) -> CliResult {
     let program = tunnel::check_args(&args)?;
     // Without a target, -z tests whether the proxy accepts the login.

@@ -25,7 +25,6 @@ const DEFAULT_ANSWER_WAIT: Duration = Duration::from_secs(2);
 /// Maximum number of answers that are written together. A socket's buffer holds about as many.
 const MAX_BATCH: usize = 1000;
 
-/// Runs the mode until it ends.
 pub(super) fn run(args: ClientArgs, json: JsonOutput) -> CliResult {
     let dst = target(&args, true)?;
     let framing = Framing::from_args(&args)?;
@@ -42,7 +41,6 @@ pub(super) fn run(args: ClientArgs, json: JsonOutput) -> CliResult {
     connector.run(Box::pin(transfer::run(&connector, None, transfer)))
 }
 
-/// Relays between stdin, stdout and the association.
 async fn relay_stdio(transfer: &Transfer<'_>, framing: Framing) -> CliResult {
     let Transfer { connector, .. } = transfer;
     let args = &connector.args;
@@ -68,7 +66,6 @@ async fn relay_stdio(transfer: &Transfer<'_>, framing: Framing) -> CliResult {
     Ok(())
 }
 
-/// Sends all datagrams of stdin, then waits for answers.
 async fn send_stdin(transfer: &Transfer<'_>, framing: Framing) -> CliResult {
     let args = &transfer.connector.args;
     let mut wait = args.quit_after.or(args.timeout);
@@ -93,7 +90,6 @@ async fn send_stdin(transfer: &Transfer<'_>, framing: Framing) -> CliResult {
     Ok(())
 }
 
-/// Writes answers to stdout.
 struct AnswerWriter<'a> {
     transfer: &'a Transfer<'a>,
     writer: DatagramWriter,
@@ -102,7 +98,6 @@ struct AnswerWriter<'a> {
 }
 
 impl AnswerWriter<'_> {
-    /// Receives and writes answers until none is missing.
     async fn receive(&mut self) -> CliResult {
         while self.missing > 0 {
             let (_, answer) = self.transfer.recv().await?;

@@ -129,7 +129,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ProtectedStream<S> {
         !self.received.is_empty() || !self.unwrapped.is_empty()
     }
 
-    /// Moves unwrapped data into `buf` and returns its length.
     fn take_unwrapped(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let n = self.unwrapped.read(buf)?;
         if self.unwrapped.is_empty() {

@@ -65,7 +65,6 @@ impl<'a> GssBuffer<'a> {
     }
 }
 
-/// Types of objects of the library.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Kind {
     Credential,

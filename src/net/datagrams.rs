@@ -42,7 +42,6 @@ pub(crate) struct BatchSocket {
     single_streak: Cell<u8>,
     /// Set when a call has returned several messages: a socket with little traffic needs no GRO.
     is_gro_enabled: Cell<bool>,
-    /// Set by [`BatchSocket::report_unreachable`].
     reports_unreachable: Cell<bool>,
     /// Destinations of datagrams that caused an ICMP error; at most [`MAX_MESSAGES`].
     unreachable: RefCell<Vec<SocketAddr>>,
@@ -178,7 +177,6 @@ impl BatchSocket {
         false
     }
 
-    /// Sends one datagram.
     pub(crate) fn send_bytes(&self, to: Option<SocketAddr>, bytes: &[u8]) -> io::Result<()> {
         self.retry_after_icmp(to, || match &to {
             Some(to) => self.get_ref().send_to(bytes, to),

@@ -236,7 +236,6 @@ fn replace_or_add(attempts: &mut Attempts, limits: &dyn DialLimits, attempt: Att
     is_replaced
 }
 
-/// A new connection and its target.
 type Dialed = (Io<Socket>, SocketAddr);
 
 type Attempt = Pin<Box<dyn Future<Output = Result<Dialed, DialError>>>>;
@@ -267,7 +266,6 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Dialed, DialError
     Ok((io, addr))
 }
 
-/// Creates a non-blocking stream socket.
 fn stream_socket(family: AddressFamily) -> rustix::io::Result<OwnedFd> {
     socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)
 }

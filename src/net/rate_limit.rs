@@ -14,7 +14,6 @@ const RESERVATION_TIME: Duration = Duration::from_millis(25);
 const BURST_TIME: Duration = Duration::from_millis(250);
 /// Lower limit of the capacity: room for one datagram.
 const MIN_BURST_BYTES: f64 = 65_536.0;
-/// Upper limit of one wait.
 const MAX_WAIT_SECONDS: f64 = 3600.0;
 
 /// A token bucket. One token is one byte in either direction.
@@ -132,7 +131,6 @@ impl Reservation {
         if self.due.is_some() { Poll::Pending } else { Poll::Ready(self.bytes) }
     }
 
-    /// Deducts bytes that have moved.
     pub(super) fn commit(&mut self, bytes: usize) {
         self.bytes = self.bytes.saturating_sub(bytes);
     }

@@ -24,7 +24,6 @@ use slab::Slab;
 
 use super::loop_waker::LoopWaker;
 
-/// Maximum number of events that one epoll_wait(2) returns.
 const MAX_EVENTS: usize = 256;
 /// Maximum duration of one epoll_wait(2). Older kernels cannot wait longer than 24 days.
 const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
@@ -40,7 +39,6 @@ thread_local! {
     static CURRENT: Rc<Reactor> = Rc::default();
 }
 
-/// Returns this thread's reactor.
 pub(super) fn current() -> Rc<Reactor> {
     CURRENT.with(Rc::clone)
 }
@@ -134,7 +132,6 @@ pub(super) struct Reactor {
     socket_count: RefCell<Arc<AtomicUsize>>,
 }
 
-/// State of one registered socket.
 #[derive(Debug, Default)]
 struct SocketState {
     /// Distinguishes this socket from earlier ones in the same slab entry.
@@ -150,7 +147,6 @@ struct SocketState {
     waker: Option<Waker>,
 }
 
-/// Readiness of a socket for one operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Readiness {
     /// There has been no event since the last `WouldBlock`, short read or short write.
@@ -219,7 +215,6 @@ impl Reactor {
         self.put_back.borrow().contains_key(&key)
     }
 
-    /// Reads bytes that were put back. `None` if there are none.
     pub(super) fn read_put_back(&self, key: SocketKey, buf: &mut [u8]) -> Option<usize> {
         let mut put_back = self.put_back.borrow_mut();
         let bytes = put_back.get_mut(&key)?;
@@ -331,7 +326,6 @@ impl Reactor {
         }
     }
 
-    /// Sets a timer that wakes the task at `due`.
     pub(super) fn arm_timer(&self, cx: &Context<'_>, due: Instant) -> Due {
         let mut timers = self.timers.borrow_mut();
         let due = (self.due_at(due)..).find(|due| !timers.contains_key(due)).unwrap_or(MAX_DUE);

@@ -38,7 +38,6 @@ pub async fn lookup(name: &str, port: u16, limits: &dyn DialLimits) -> Result<Ve
     found.await.unwrap_or(Err(DialError::LocalResources))
 }
 
-/// Calls getaddrinfo(3).
 fn system_lookup(name: &str, port: u16, flags: i32) -> Result<Vec<SocketAddr>, DialError> {
     let hints = AddrInfoHints { socktype: SockType::Stream.into(), flags, ..AddrInfoHints::default() };
     let found = getaddrinfo(Some(name), None, Some(hints)).map_err(|error| lookup_error(error.kind()))?;

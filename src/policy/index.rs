@@ -68,7 +68,6 @@ impl<V: Copy> Index<V> {
         (self.hasher.hash_one(key) >> 32) as u32
     }
 
-    /// Returns the values of a key.
     pub(super) fn find(&self, space: u32, key: &[u8]) -> impl Iterator<Item = V> {
         self.find_key((space, key))
     }

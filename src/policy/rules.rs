@@ -44,9 +44,7 @@ pub struct Rules {
     built_in: Vec<Rule>,
     /// Targets of [`TargetCondition::Protected`].
     protected: Vec<TargetPattern>,
-    /// Applies if no rule matches.
     default_rule: Rule,
-    /// Route of rules without `via=`.
     default_route: Route,
 }
 
@@ -261,7 +259,6 @@ impl<'a> FirstRules<'a> {
         }
     }
 
-    /// Returns whether later rules can't change the decision.
     fn is_final(&self) -> bool {
         self.deny.is_some() || self.allow.is_some()
     }

@@ -15,11 +15,9 @@ use crate::proto::MAX_CREDENTIAL_LEN;
 /// Length of the longest password for bcrypt, in bytes. It ignores further bytes, so longer passwords are refused.
 const BCRYPT_MAX_PASSWORD: usize = 72;
 
-/// Start of a hash of argon2id.
 const ARGON2ID: &str = "$argon2id$";
 /// Maximum memory (m) of a hash of argon2id in KiB. It is needed for each login, also for a guess.
 const MAX_ARGON2_KIB: u32 = 1 << 20;
-/// Maximum number of passes (t) over the memory.
 const MAX_ARGON2_PASSES: u32 = 1000;
 /// Maximum of m times t: 4 GiB, which take about 2 s.
 const MAX_ARGON2_WORK: u32 = 4 << 20;
@@ -32,7 +30,6 @@ const UNSUPPORTED_SCHEMES: [&str; 11] = ["1", "5", "6", "7", "y", "gy", "2", "2x
 #[derive(Debug, Default)]
 pub struct Users {
     hashes: Vec<StoredHash>,
-    /// Index in `hashes`.
     index_by_name: HashMap<Vec<u8>, usize>,
     /// Selects the hash that an unknown name is verified against.
     decoy_seed: RandomState,

@@ -9,10 +9,8 @@ use argh::FlagInfo;
 
 use super::syntax::{Syntax, summary, value_name};
 
-/// Returns the completion script of a shell.
 pub(crate) type ScriptFn = fn(&Syntax) -> String;
 
-/// Parses the name of a shell.
 pub(crate) fn parse_shell(text: &str) -> Result<ScriptFn, String> {
     match text {
         "bash" => Ok(bash),
@@ -22,7 +20,6 @@ pub(crate) fn parse_shell(text: &str) -> Result<ScriptFn, String> {
     }
 }
 
-/// Returns the names of an option, the short one first.
 fn names(flag: &FlagInfo<'_>) -> impl Iterator<Item = String> {
     flag.short.map(|short| format!("-{short}")).into_iter().chain([flag.long.to_owned()])
 }

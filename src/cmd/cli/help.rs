@@ -6,9 +6,7 @@ use argh::FlagInfo;
 
 use super::syntax::{NAME, Syntax, optional_value_name, summary, value_name};
 
-/// Width of the text, in columns.
 const WIDTH: usize = 80;
-/// Column of the description of an option or a mode.
 const DESCRIPTION_COLUMN: usize = 30;
 
 /// Options that begin a group, each with the heading of the group. A group has several such options if not every mode
@@ -30,7 +28,6 @@ const GROUPS: [(&str, &str); 11] = [
 /// Options that only the manual has, so that the help fits on two screens: they set one part of `--advertise`.
 const ONLY_IN_MANUAL: [&str; 2] = ["--advertise-bind", "--advertise-udp"];
 
-/// Returns the help of the program or of one of its modes.
 pub(crate) fn text(syntax: &Syntax) -> String {
     let mut out = format!("Usage: {}\n{}\n", syntax.usage(), syntax.description.trim());
     if !syntax.modes.is_empty() {

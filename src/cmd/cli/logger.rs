@@ -60,7 +60,6 @@ fn line(record: &Record<'_>) -> String {
     }
 }
 
-/// Returns the current time in UTC, with milliseconds.
 fn now() -> String {
     OffsetDateTime::now_utc().format(TIME_FORMAT).unwrap_or_default()
 }

@@ -10,7 +10,6 @@ use super::syntax::{NAME, Syntax, optional_value_name, split_summary, value_name
 /// The page. A line that begins with `@` is replaced by the generated text of that name.
 const PAGE: &str = include_str!("s5.1");
 
-/// Returns the manual page.
 pub(crate) fn text(program: &Syntax) -> String {
     let (server, clients) = program.modes.split_at(1.min(program.modes.len()));
     let mut out = String::new();

@@ -6,7 +6,6 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
-/// Replaces each byte of a password.
 const FILLER: u8 = b'x';
 
 /// Returns `arg` with `…` instead of the text before its last `@`. A scheme is kept.

@@ -2,7 +2,6 @@
 
 use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
 
-/// The program's name.
 pub(crate) const NAME: &str = "s5";
 /// The option that can have a value after `=` and never takes the next argument, and its value without one.
 pub(crate) const OPTIONAL_VALUE: (&str, &str) = ("--json", "fd:2");
@@ -13,18 +12,15 @@ pub struct Syntax {
     /// Name of the mode; empty for the program.
     pub name: &'static str,
     pub(crate) description: &'static str,
-    /// Placeholder of the positional argument.
     pub(crate) argument: Option<&'static str>,
     /// All options, including those that the mode refuses.
     pub(crate) flags: &'static [FlagInfo<'static>],
     /// Options that the mode refuses, with the reason.
     pub(crate) refusals: Vec<(&'static [&'static str], &'static str)>,
-    /// The modes of the program.
     pub(crate) modes: Vec<Self>,
 }
 
 impl Syntax {
-    /// Returns the syntax of the options that `T` defines.
     pub(crate) fn of<T: ArgsInfo>(name: &'static str) -> Self {
         let info = T::get_args_info();
         Self { name, description: info.description, flags: info.flags, ..Self::default() }
@@ -53,7 +49,6 @@ pub(crate) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
     any_value_name(flag).filter(|_| flag.long != OPTIONAL_VALUE.0)
 }
 
-/// Returns the placeholder for the optional value of an option.
 pub(crate) fn optional_value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
     any_value_name(flag).filter(|_| flag.long == OPTIONAL_VALUE.0)
 }
@@ -71,7 +66,6 @@ pub(crate) fn split_summary<'a>(flag: &FlagInfo<'a>) -> (&'a str, &'a str) {
     text.split_once(". ").unwrap_or((text, ""))
 }
 
-/// Returns the description of an option in the help and in completions.
 pub(crate) fn summary<'a>(flag: &FlagInfo<'a>) -> &'a str {
     split_summary(flag).0
 }

@@ -24,7 +24,6 @@ pub(crate) fn read(file: File, max: u64) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Removes a byte order mark from the start of a text.
 pub(crate) fn skip_bom(text: &mut Vec<u8>) {
     if text.starts_with(UTF8_BOM) {
         text.drain(..UTF8_BOM.len());

@@ -34,7 +34,6 @@ fn parse_time(text: &str) -> Option<u64> {
     }
 }
 
-/// Parses a time greater than 0.
 pub(crate) fn parse_timeout(text: &str) -> Result<Duration, String> {
     parse_duration(text).and_then(|time| if time.is_zero() { Err("must be greater than 0".into()) } else { Ok(time) })
 }
@@ -65,23 +64,19 @@ pub(crate) fn parse_udp_relay(text: &str) -> Result<bool, String> {
     parse_choice(text, [("reply", false), ("proxy", true)])
 }
 
-/// Parses one of two words.
 pub(crate) fn parse_choice<T>(text: &str, choices: [(&str, T); 2]) -> Result<T, String> {
     let expected = format!("expected {} or {}", choices[0].0, choices[1].0);
     choices.into_iter().find(|(word, _)| *word == text).map(|(_, value)| value).ok_or(expected)
 }
 
-/// Parses a number greater than 0.
 pub(crate) fn parse_positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number greater than 0".into())
 }
 
-/// Parses a number of threads, or a port.
 pub(crate) fn parse_nonzero(text: &str) -> Result<u16, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number from 1 to 65535".into())
 }
 
-/// Parses a comma-separated list of different values.
 pub(crate) fn parse_set<T: FromStr<Err = String> + PartialEq>(text: &str) -> Result<Vec<T>, String> {
     let mut set = Vec::new();
     for word in text.split(',') {

@@ -10,7 +10,6 @@ use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus};
 use crate::net::unblock;
 
-/// A program and its arguments.
 #[derive(Debug)]
 pub(crate) struct Program(Vec<String>);
 

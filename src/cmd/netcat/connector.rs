@@ -52,7 +52,6 @@ pub(crate) struct RetryOutcome<T> {
     pub(crate) result: CliResult<T>,
 }
 
-/// Reason why s5 ends a session.
 #[derive(Clone, Copy)]
 pub(crate) enum Cut {
     /// The end of `--max-time`.
@@ -145,7 +144,6 @@ impl Connector {
         limited.or(async { Err(Cut::Signal(signal_watch.wait().await)) }).await
     }
 
-    /// Returns the error of a session that s5 has ended.
     pub(super) fn session_cut_error(&self, client: &Client, report: &SessionReport<'_>, cut: Cut) -> CliError {
         match cut {
             Cut::TimedOut(limit) if !report.has_relay() => client.timed_out(limit).into(),
@@ -258,7 +256,6 @@ impl Connector {
         }
     }
 
-    /// Prints an error that does not end the mode.
     pub(crate) fn print_error(&self, result: CliResult) {
         if let Err(error) = result
             && !error.message.is_empty()
@@ -267,7 +264,6 @@ impl Connector {
         }
     }
 
-    /// Prints a line on stderr if `-v` is set.
     pub(crate) fn print_verbose(&self, event: &str) {
         if self.args.verbose > 0 {
             self.print_line(&format!("s5: {}: {event}", self.label()));

@@ -18,7 +18,6 @@ use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line, escape
 use crate::cmd::cli::text_file;
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
-/// Maximum size of a password file in bytes.
 const MAX_FILE_SIZE: u64 = 1 << 20;
 
 /// Adds credentials to hops whose URL has no password.

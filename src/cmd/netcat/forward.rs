@@ -83,7 +83,6 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> CliResult<
     }
 }
 
-/// Forwards one connection until it ends.
 async fn serve_connection(connector: &Connector, mut local: Conn) -> CliResult {
     let request = connector.retry(async |client| client.request(Command::Connect).await);
     let disconnected = async {

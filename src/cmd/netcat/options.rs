@@ -18,9 +18,7 @@ use crate::server::ListenAddr;
 /// Default of `--max-peers`: local peers of `udp -l` that have an association at the same time.
 const DEFAULT_MAX_PEERS: usize = 256;
 
-/// The modes that relay a stream.
 const STREAM: &[&str] = &["connect", "bind"];
-/// The modes that can listen.
 const LISTEN: &[&str] = &["connect", "udp"];
 
 /// Options that only some modes support, these modes, and the reason that the other modes report.
@@ -37,7 +35,6 @@ const RESTRICTED_OPTIONS: [(&[&str], &[&str], &str); 10] = [
     (&["--count", "--raw", "--hex", "--length-prefixed", "--max-peers", "--udp-relay"], &["udp"], "only udp uses it"),
 ];
 
-/// Returns the syntax of a client mode.
 pub(crate) fn syntax(name: &'static str, description: &'static str, argument: &'static str) -> Syntax {
     let refused = RESTRICTED_OPTIONS.iter().filter(|(_, modes, _)| !modes.contains(&name));
     let refusals = refused.map(|(options, _, reason)| (*options, *reason)).collect();
@@ -308,7 +305,6 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
 }
 
 impl ClientArgs {
-    /// Returns the time limit to establish a tunnel, if one is given.
     pub(crate) fn connect_timeout(&self) -> Option<Duration> {
         self.connect_timeout.or(self.timeout).filter(|time| !time.is_zero())
     }

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use crate::net::{ByteCounts, sleep};
 
-/// Time between two updates of the line.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Shows bytes, rate and time on stderr while it is polled, if `is_enabled` is set. Never returns.

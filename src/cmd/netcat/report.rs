@@ -20,7 +20,6 @@ use crate::proto::Addr;
 /// Where to write one object per line.
 #[derive(Clone, Default)]
 pub(crate) enum JsonOutput {
-    /// There is no `--json`.
     #[default]
     Disabled,
     Stderr,
@@ -95,7 +94,6 @@ impl JsonOutput {
 /// The route and the tunnel of a client, in the terms of RFC 1928. `None` means "not reached".
 #[derive(Debug, Default)]
 pub(crate) struct SessionReport<'a> {
-    /// The client of the attempt that the report describes.
     client: Option<&'a Client>,
     attempts: u32,
     pub(crate) bnd: Option<Addr>,
@@ -106,7 +104,6 @@ pub(crate) struct SessionReport<'a> {
 }
 
 impl<'a> SessionReport<'a> {
-    /// Returns the report of a client's handshake.
     pub(crate) fn new(client: &'a Client, attempts: u32) -> Self {
         Self { client: Some(client), attempts, ..Self::default() }
     }
@@ -116,12 +113,10 @@ impl<'a> SessionReport<'a> {
         self.relay.insert(Default::default()).clone()
     }
 
-    /// Returns whether the relay has begun.
     pub(crate) fn has_relay(&self) -> bool {
         self.relay.is_some()
     }
 
-    /// Returns the name of the phase that s5 has reached.
     fn phase(&self) -> Option<&'static str> {
         if self.has_relay() {
             return Some("transfer");
@@ -136,7 +131,6 @@ impl<'a> SessionReport<'a> {
         })
     }
 
-    /// Returns the object as one line.
     pub(crate) fn to_json(&self, error: Option<&CliError>) -> String {
         let client = self.client;
         let times = client.map(Client::times).unwrap_or_default();

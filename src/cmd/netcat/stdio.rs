@@ -20,7 +20,6 @@ use crate::net::{Interest, Io, RELAY_BUFFER_SIZE, SocketOp, SocketPoll, Stream};
 /// Major number of /dev/null, /dev/zero and /dev/full (Linux, devices.txt).
 const MEMORY_DEVICES_MAJOR: u32 = 1;
 
-/// One of the two descriptors of a [`StdioStream`].
 enum StdioEnd {
     /// A pipe. The event loop waits for it, as for a socket.
     Pipe(Io<File>),
@@ -132,7 +131,6 @@ impl StdioEnd {
     }
 }
 
-/// A stream that reads from stdin and writes to stdout.
 pub(super) struct StdioStream {
     /// `None`: reads never complete.
     input: Option<StdioEnd>,
@@ -143,7 +141,6 @@ pub(super) struct StdioStream {
     ignores_broken_pipe: bool,
     /// Whether data has been accepted since the last flush.
     has_unflushed: bool,
-    /// Whether the output is the stdout of this process.
     is_stdout: bool,
 }
 
@@ -238,7 +235,6 @@ impl AsyncWrite for StdioStream {
 /// Converts LF to CR LF, and leaves CR LF unchanged.
 #[derive(Default)]
 struct CrlfEncoder {
-    /// The last byte read.
     last: u8,
     /// Converted bytes that did not fit into the reader's buffer.
     pending: VecDeque<u8>,

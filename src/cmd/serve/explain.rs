@@ -14,7 +14,6 @@ use crate::policy::{Policy, is_reachable};
 use crate::proto::{Addr, Host};
 use crate::server::{Options, is_local};
 
-/// Minimum column of a comment.
 const COMMENT_COLUMN: usize = 48;
 
 /// Prints all rules in order of evaluation, each with its origin.

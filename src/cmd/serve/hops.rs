@@ -11,7 +11,6 @@ use crate::proto::Credentials;
 /// Name of the `--via` hop in the log.
 const VIA_HOP_NAME: &str = "--via";
 
-/// The hops and the source of their passwords.
 #[derive(Debug, Default)]
 pub(super) struct HopSources {
     /// Names and proxies. The `--via` hop is the last.
@@ -19,12 +18,10 @@ pub(super) struct HopSources {
     login_file: Option<String>,
     /// The logins of a file that can be read only once, such as stdin.
     read_once: OnceCell<Vec<Credentials>>,
-    /// Whether `--hop-auth` permits passwords.
     takes_passwords: bool,
 }
 
 impl HopSources {
-    /// Parses the values of `--hop`, `--via` and `--proxy-auth-file`.
     pub(super) fn new(
         hops: &[String],
         via: Option<&str>,
@@ -55,7 +52,6 @@ impl HopSources {
         Ok(())
     }
 
-    /// Returns the names of the hops.
     pub(super) fn names(&self) -> Vec<String> {
         self.hops.iter().map(|(name, _)| name.clone()).collect()
     }

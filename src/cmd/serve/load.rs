@@ -20,10 +20,8 @@ use crate::server::Configuration;
 pub(super) const MAX_USERS_FILE: u64 = 16 << 20;
 /// Maximum number of warnings about single entries of `user=`.
 const MAX_WARNINGS: usize = 10;
-/// Maximum size of a rules file in bytes.
 const MAX_RULES_FILE: u64 = 64 << 20;
 
-/// A rule of `--rule`, `--allow` or `--deny`.
 #[derive(Clone, Debug)]
 pub(super) struct RuleOption {
     pub(super) position: usize,
@@ -38,7 +36,6 @@ pub(super) struct PolicySources {
     pub(super) rules: Option<PathBuf>,
     /// Accepted methods, the preferred one first.
     pub(super) methods: Vec<Method>,
-    /// Rules of the command line, in order.
     pub(super) rule_options: Vec<RuleOption>,
     /// Read by the GSSAPI library, not here.
     pub(super) keytab: Option<PathBuf>,

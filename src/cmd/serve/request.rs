@@ -18,7 +18,6 @@ const ESCAPED: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'#').add(b'%').add
 /// The default of `from=`.
 const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
-/// The parsed value of `--explain`.
 #[derive(Debug)]
 pub(super) struct ExplainedRequest {
     from: IpAddr,
@@ -31,7 +30,6 @@ pub(super) struct ExplainedRequest {
     pub(super) addr: Option<SocketAddr>,
 }
 
-/// The value of a field.
 struct Value {
     bytes: Vec<u8>,
     is_quoted: bool,
@@ -126,7 +124,6 @@ impl ExplainedRequest {
     }
 }
 
-/// The request in the form of `--explain`.
 impl fmt::Display for ExplainedRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "from={} ", self.from)?;

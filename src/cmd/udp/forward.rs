@@ -71,7 +71,6 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> CliResult {
     executor.run(accept_datagrams).await
 }
 
-/// Serves one peer, from its first datagram to the end of its association.
 async fn serve_peer(
     connector: &Connector,
     socket: &Io<UdpSocket>,
@@ -98,7 +97,6 @@ async fn serve_peer(
     peers.borrow_mut().remove(&peer);
 }
 
-/// Sends the datagrams of a peer.
 async fn send(transfer: &Transfer<'_>, datagrams: &Receiver<Vec<u8>>, peer: SocketAddr) -> CliResult {
     while let Ok(data) = datagrams.recv().await {
         // A datagram that is too large is dropped.
@@ -109,7 +107,6 @@ async fn send(transfer: &Transfer<'_>, datagrams: &Receiver<Vec<u8>>, peer: Sock
     Ok(())
 }
 
-/// Receives the answers to a peer.
 async fn receive(transfer: &Transfer<'_>, socket: &Io<UdpSocket>, peer: SocketAddr) -> CliResult {
     loop {
         let (from, data) = transfer.recv().await?;

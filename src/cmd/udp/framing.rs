@@ -40,7 +40,6 @@ impl Framing {
     }
 }
 
-/// Reads datagrams from stdin.
 pub(super) struct DatagramReader {
     framing: Framing,
     stdin: BufReader<Unblock<BlockingFile>>,

@@ -16,11 +16,9 @@ use crate::cmd::netcat::report::SessionReport;
 use crate::net::{ByteCounts, RelayStats, sleep_until, yield_now};
 use crate::proto::Addr;
 
-/// An association to one target.
 pub(super) struct Transfer<'a> {
     pub(super) connector: &'a Connector,
     pub(super) association: Association,
-    /// Time of the last datagram in either direction.
     last_activity: Cell<Instant>,
     counts: Arc<ByteCounts>,
     stats: Arc<RelayStats>,
@@ -70,7 +68,6 @@ impl Transfer<'_> {
         Err(self.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {limit:?}")))
     }
 
-    /// Sends and counts a datagram.
     pub(super) async fn send(&self, data: &[u8]) -> io::Result<()> {
         let sent = self.association.send(data).await;
         self.last_activity.set(Instant::now());
@@ -86,7 +83,6 @@ impl Transfer<'_> {
         received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))
     }
 
-    /// Counts an answer.
     pub(super) fn count_answer(&self, data: &[u8]) {
         self.last_activity.set(Instant::now());
         self.stats.set_first_byte();
@@ -101,7 +97,6 @@ impl Transfer<'_> {
         Err(CliError::new(ExitStatus::RECEIVE_ERROR, message))
     }
 
-    /// Prints how many answers were incomplete or dropped.
     fn print_losses(&self) {
         let losses = self.association.losses();
         for (n, reason) in [

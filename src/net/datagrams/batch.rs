@@ -8,7 +8,6 @@ use quinn_udp::{RecvMeta, UdpSocketState};
 
 /// Size of a buffer for any UDP datagram or GRO aggregate, in bytes. None is larger, so none is truncated.
 pub const DATAGRAM_BUFFER_SIZE: usize = 65_536;
-/// Maximum number of messages per receive call.
 pub(super) const MAX_MESSAGES: usize = 32;
 /// Maximum number of datagrams per send call: UDP_MAX_SEGMENTS of the oldest kernels with GSO.
 pub(super) const MAX_SEGMENTS: usize = 64;
@@ -50,7 +49,6 @@ impl RecvBatch {
         })
     }
 
-    /// Receives one datagram from a socket without GRO.
     pub(super) fn receive_one(&mut self, socket: &UdpSocket) -> io::Result<()> {
         let (len, addr) = socket.recv_from(self.buffers.get_mut(..DATAGRAM_BUFFER_SIZE).unwrap_or_default())?;
         if let Some(meta) = self.metas.first_mut() {

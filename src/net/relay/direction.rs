@@ -34,7 +34,6 @@ pub(super) enum DirectionError {
 #[derive(Default)]
 pub(super) struct Direction {
     pending: Option<Box<Pending>>,
-    /// Set if the rate is limited.
     reservation: Option<Box<Reservation>>,
     /// Consecutive reads that filled the buffer.
     full_reads: u8,
@@ -42,9 +41,7 @@ pub(super) struct Direction {
     must_copy: bool,
     /// Leaves the write side of the sink open after the source has ended.
     keeps_sink_open: bool,
-    /// Set when the source has sent a byte.
     pub(super) has_read: bool,
-    /// Set when the source has ended its stream.
     pub(super) has_source_ended: bool,
     /// Set when a write to the source's socket has reported its reset. The kernel reports an error only once, and after
     /// that a reset stream reads like one that has ended.

@@ -88,7 +88,6 @@ impl Pipe {
         Ok(n)
     }
 
-    /// Reads all bytes out of the pipe.
     pub(super) fn take_all(&mut self) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; self.len];
         let mut unfilled = bytes.as_mut_slice();

@@ -79,7 +79,6 @@ pub enum UserPattern {
     Realm(Vec<u8>),
 }
 
-/// An entry of `to=`.
 #[derive(Debug)]
 pub(super) enum TargetPattern {
     Name(String),
@@ -113,7 +112,6 @@ fn match_any<T, F>(list: &[T], fact: Option<F>, matches: impl Fn(&T, &F) -> bool
 }
 
 impl Conditions {
-    /// Matches all conditions.
     pub(super) fn matches(&self, request: &AccessRequest<'_>) -> Match {
         let identity = request.identity;
         let from = match_any(&self.from, Some(request.client_ip), |pattern, ip| pattern.matches(*ip));

@@ -26,7 +26,6 @@ pub(super) struct Groups {
     /// Groups that only named users match. While the user is not known, each of them may match: first `deny`, then
     /// `allow`.
     with_users: [Vec<u32>; 2],
-    /// Groups by user.
     by_user: Index<u32>,
     /// Groups that only clients of some networks match.
     by_client: Index<u32>,
@@ -38,15 +37,11 @@ pub(super) struct Groups {
 struct Group {
     conditions: Arc<Conditions>,
     first: usize,
-    /// First rule without `to=`.
     first_without_to: Option<usize>,
-    /// First rule with `to=`.
     first_listed: Option<usize>,
-    /// First rule with a network in `to=`.
     first_net: Option<usize>,
 }
 
-/// An entry of `to=`.
 #[derive(Clone, Copy, Debug)]
 struct Target {
     rule: u32,
@@ -54,7 +49,6 @@ struct Target {
     offset: u32,
 }
 
-/// The attribute of clients that selects a group.
 #[derive(PartialEq)]
 enum Key {
     None,
@@ -86,7 +80,6 @@ impl Groups {
         groups
     }
 
-    /// Returns the index of the first rule of each group.
     pub(super) fn first_rules(&self) -> impl Iterator<Item = usize> {
         self.groups.iter().map(|group| group.first)
     }
@@ -219,7 +212,6 @@ impl Search<'_> {
         }
     }
 
-    /// Reports the rules that list the target.
     fn visit_targets(&self, space: u32, name: Option<&str>, found: &mut dyn FnMut(usize, Match)) {
         let by_target = &self.groups.by_target;
         let named = name.into_iter().flat_map(|name| by_target.find_domains(space, name));

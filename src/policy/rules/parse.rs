@@ -13,7 +13,6 @@ use super::rule::{Rule, Source, TargetCondition};
 use crate::policy::PolicyError;
 use crate::proto::{MAX_HOST_NAME_LEN, PortRange, parse_port, split_host_port};
 
-/// Value of `via=` for a direct connection.
 const DIRECT: &str = "direct";
 
 /// Maximum length of a word in messages, in characters.
@@ -102,7 +101,6 @@ impl Parser<'_> {
     }
 }
 
-/// Returns key and value of a word after `action`.
 fn split_condition<'a>(word: &'a str, action: &str) -> Result<(&'a str, &'a str), String> {
     match word.split_once('=') {
         _ if word.contains(char::is_control) => Err(format!("control character in {}", excerpt(word))),

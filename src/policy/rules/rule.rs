@@ -27,7 +27,6 @@ pub(super) struct Source {
     pub(super) text: String,
 }
 
-/// The targets of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TargetCondition {
     /// `deny` without `to=`.
@@ -95,7 +94,6 @@ impl Rule {
         targets.map(|target| (self.source.offset(target), target))
     }
 
-    /// Returns the entry of `to=` at this offset.
     pub(super) fn target_at(&self, offset: u32) -> &str {
         let rest = self.source.text.get(to_index(offset)..to_index(self.range.1)).unwrap_or_default();
         rest.split(|c: char| c == ',' || c.is_whitespace()).next().unwrap_or_default()
@@ -127,7 +125,6 @@ impl fmt::Debug for Rule {
 }
 
 impl Source {
-    /// Returns the offset of a part of the text.
     fn offset(&self, part: &str) -> u32 {
         to_u32(part.as_ptr().addr().saturating_sub(self.text.as_ptr().addr()))
     }
