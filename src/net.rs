@@ -4,6 +4,7 @@ mod datagrams;
 mod descriptors;
 mod dial;
 mod loop_waker;
+mod outbound;
 mod rate_limit;
 pub mod reactor;
 mod relay;
@@ -13,13 +14,14 @@ mod stream;
 mod threads;
 mod timer;
 
-pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
+pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch, share_port};
 pub use datagrams::{DATAGRAM_BUFFER_SIZE, retry_refused};
 pub use descriptors::{MAX_DESCRIPTORS, receive_descriptors, send_descriptors, take_descriptor};
 pub use dial::{
     DialError, DialLimits, LimitGuard, LocalAddr, SHORT_KEEPALIVE_TIME, Unlimited, bind_error, connect_unix, dial,
     set_keepalive, set_reset_after_delivery, set_tcp_options, shorten_keepalive, unspecified, with_scope,
 };
+pub use outbound::{OutboundOptions, bind_outbound, set_outbound_options};
 pub use rate_limit::{RateLimit, TokenBucket};
 pub use reactor::{Interest, wake_later, yield_now};
 pub use relay::{

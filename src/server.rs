@@ -63,7 +63,7 @@ pub use inherited::InheritedSocket;
 use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::Listener;
-pub use local_addr::is_local;
+pub use local_addr::{check_outbound, is_local};
 pub use log_queue::{eprint_line, flush};
 pub use log_shares::{LOGFMT_TARGET, admits_detail, current_session};
 use logins::Logins;
@@ -120,14 +120,18 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     policy.listen_addrs = listeners.iter().flat_map(Listener::addrs).collect();
     policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
     let error = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options));
-    if let Some(error) = error.or_else(|| sandbox::check_ports(&options)) {
+    options.outbound_options.clone().set_for_process();
+    let capabilities = sandbox::outbound_capabilities(&options).map_err(ServerError::Config)?;
+    let mut outbound = options.outbound.ips.into_iter().flatten().filter(|ip| !ip.is_unspecified());
+    let outbound = outbound.find_map(|ip| check_outbound(ip).err()).map(|error| format!("--outbound {error}"));
+    if let Some(error) = error.or_else(|| sandbox::check_ports(&options)).or(outbound) {
         return Err(ServerError::Config(error));
     }
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let has_hop_passwords = options.hops.iter().flat_map(|hop| hop.proxies()).any(|proxy| proxy.credentials.is_some());
     let is_restricted = options.sandbox;
     // Before the first thread.
-    let log_sandbox = sandbox::enter(&options, policy.users.is_some() || has_hop_passwords);
+    let log_sandbox = sandbox::enter(&options, capabilities, policy.users.is_some() || has_hop_passwords);
     let log_sandbox = log_sandbox.map_err(ServerError::io("switch to the user of --run-as"))?;
     // From now on, a reader of stderr that stops reading stops neither sessions nor signals.
     log_queue::start().map_err(ServerError::io("start a thread for the log"))?;

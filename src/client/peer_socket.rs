@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::ClientOptions;
 use crate::name_addrs::NameAddrs;
-use crate::net::{DialError, Interest, Io, LocalAddr, timeout_at, unspecified, with_scope};
+use crate::net::{DialError, Interest, Io, LocalAddr, bind_outbound, timeout_at, unspecified, with_scope};
 use crate::proto::{Addr, Host};
 
 /// Time limit of a lookup that repeats an earlier one.
@@ -205,7 +205,7 @@ impl PeerSocket {
 
 fn datagram_socket(peer: SocketAddr, local: LocalAddr) -> Result<Io<UdpSocket>, DialError> {
     let from = local.bind_addr(peer).unwrap_or(SocketAddr::new(unspecified(peer.ip()), 0));
-    let socket = UdpSocket::bind(from).map_err(|_| DialError::LocalAddr)?;
+    let socket = bind_outbound(from).map_err(|_| DialError::LocalAddr)?;
     let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(peer));
     connected.and_then(|()| Io::new(socket)).map_err(|error| DialError::from_connect(&error, peer))
 }

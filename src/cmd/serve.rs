@@ -5,11 +5,11 @@ mod hops;
 mod load;
 mod request;
 mod users;
+mod values;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use argh::{ArgsInfo, FromArgs};
@@ -17,16 +17,20 @@ use log::LevelFilter;
 
 use super::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use super::cli::values::{
-    parse_choice, parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout, parse_udp_relay,
+    parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout, parse_udp_relay,
 };
 use crate::client::ClientOptions;
 use crate::gssapi::Initiator;
+use crate::net::{LocalAddr, OutboundOptions};
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{DEFAULT_PORT, Method, PortRange, ProtectionLevel};
 use crate::server::{self, Filtering, Hop, InheritedSocket, ListenAddr, Options, Quotas, RunAs, ServerError};
 use hops::HopSources;
 use load::{PolicySources, RuleOption};
+use values::{
+    default_threads, one_per_family, parse_allow, parse_deny, parse_family, parse_filtering, parse_mark, parse_rule,
+};
 
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
 #[derive(FromArgs, ArgsInfo, Debug)]
@@ -56,6 +60,30 @@ pub struct ServeArgs {
     /// address for UDP alone [default: as --advertise]
     #[argh(option, arg_name = "IP")]
     advertise_udp: Vec<IpAddr>,
+
+    /// source address [default: the system's]. Repeatable: at most one IPv4 and one IPv6 address, both of this host. It
+    /// applies to connections and datagrams to targets and upstream proxies. BIND listens there, and replies with it
+    /// unless --advertise-bind is set. If only one family is given, the other one is not used: its targets are refused
+    /// with REP 8, and such addresses of a name are skipped. 0.0.0.0 and :: stand for the choice of the system.
+    #[argh(option, arg_name = "IP")]
+    outbound: Vec<IpAddr>,
+
+    /// use only this network interface for outbound traffic. It applies to connections, the listeners of BIND, and
+    /// datagrams, except those between the server and its clients. Name resolution is not affected. Before Linux 5.7, it
+    /// requires CAP_NET_RAW.
+    #[argh(option, arg_name = "NAME")]
+    outbound_interface: Option<String>,
+
+    /// set the mark of outbound packets (SO_MARK), for routing and the packet filter. N is decimal, or hexadecimal with
+    /// 0x. It applies to the same sockets as --outbound-interface, and requires CAP_NET_RAW (before Linux 5.17,
+    /// CAP_NET_ADMIN), which the server then keeps.
+    #[argh(option, arg_name = "N", from_str_fn(parse_mark))]
+    mark: Option<u32>,
+
+    /// order of the addresses of a name: 4 or 6 first [default: the resolver's]. It applies to TCP and UDP. s5 tries the
+    /// families in turn, beginning with this one (RFC 8305). A name that an upstream proxy resolves is not affected.
+    #[argh(option, arg_name = "FAMILY", from_str_fn(parse_family))]
+    prefer: Option<bool>,
 
     /// ports for BIND [default: any free port]. PORTS is LO-HI or a single port. If any peer may connect, s5 tries the
     /// port of the request first.
@@ -237,42 +265,6 @@ pub struct ServeArgs {
     quiet: bool,
 }
 
-fn default_threads() -> u16 {
-    std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX))
-}
-/// Returns the addresses of an option that takes at most one of each family.
-fn one_per_family(option: &str, ips: Vec<IpAddr>) -> CliResult<Vec<IpAddr>> {
-    let count = |is_family: fn(&IpAddr) -> bool| ips.iter().filter(|ip| is_family(ip)).count();
-    if count(IpAddr::is_ipv4) > 1 || count(IpAddr::is_ipv6) > 1 {
-        return Err(CliError::usage(format!("{option}: at most one IPv4 and one IPv6 address")));
-    }
-    Ok(ips)
-}
-
-fn parse_filtering(text: &str) -> Result<Filtering, String> {
-    let choices =
-        [("address-dependent", Filtering::AddressDependent), ("endpoint-independent", Filtering::EndpointIndependent)];
-    parse_choice(text, choices)
-}
-
-/// Returns a rule of the command line. argh collects each option separately; the position restores their common order.
-fn rule_option(option: &'static str, text: String) -> Result<RuleOption, String> {
-    static COUNT: AtomicUsize = AtomicUsize::new(0);
-    Ok(RuleOption { position: COUNT.fetch_add(1, Ordering::Relaxed), option, text })
-}
-
-fn parse_rule(text: &str) -> Result<RuleOption, String> {
-    rule_option("--rule", text.into())
-}
-
-fn parse_allow(conditions: &str) -> Result<RuleOption, String> {
-    rule_option("--allow", format!("allow {conditions}"))
-}
-
-fn parse_deny(conditions: &str) -> Result<RuleOption, String> {
-    rule_option("--deny", format!("deny {conditions}"))
-}
-
 impl ServeArgs {
     pub(super) fn log_level(&self) -> LevelFilter {
         match (self.quiet, self.verbose) {
@@ -377,6 +369,10 @@ impl ServeArgs {
         };
         let advertise_bind = or_both(one_per_family("--advertise-bind", self.advertise_bind)?);
         let advertise_udp = or_both(one_per_family("--advertise-udp", self.advertise_udp)?);
+        let outbound = match one_per_family("--outbound", self.outbound)?.as_slice() {
+            [] => LocalAddr::default(),
+            ips => LocalAddr { ips: [ips.first().copied(), ips.get(1).copied()], port: 0 },
+        };
         let offers_gssapi = match &self.hop_auth {
             Some(methods) => methods.contains(&Method::GSSAPI),
             None => Initiator::may_have_tickets(),
@@ -407,6 +403,12 @@ impl ServeArgs {
             threads: self.threads.unwrap_or_else(default_threads),
             advertise_bind,
             advertise_udp,
+            outbound,
+            outbound_options: OutboundOptions {
+                interface: self.outbound_interface,
+                mark: self.mark,
+                prefers_ipv4: self.prefer,
+            },
             bind_ports: self.bind_ports,
             udp_ports: self.udp_ports,
             udp_filtering: self.udp_filtering,

@@ -48,12 +48,11 @@ pub(crate) struct BatchSocket {
 }
 
 impl BatchSocket {
-    /// Binds a socket with large buffers. An IPv6 socket receives no IPv4 traffic. If `is_shared` is set, more sockets
-    /// of this user can be bound to the address. The kernel selects one that is connected to the sender.
-    pub(crate) fn bind(local: SocketAddr, is_shared: bool) -> io::Result<Self> {
+    /// Binds a socket with large buffers. An IPv6 socket receives no IPv4 traffic. `prepare` is called before it is
+    /// bound.
+    pub(crate) fn bind(local: SocketAddr, prepare: impl FnOnce(&Socket) -> io::Result<()>) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(local), Type::DGRAM, None)?;
-        // SO_REUSEADDR would let other users take over the port.
-        socket.set_reuse_port(is_shared)?;
+        prepare(&socket)?;
         if local.is_ipv6() {
             socket.set_only_v6(true)?;
         }
@@ -203,6 +202,12 @@ fn unreachable_addr(message: &RecvMsg<'_, '_, SockaddrStorage>) -> Option<Socket
     let addr = message.address.filter(|_| message.cmsgs().is_ok_and(|mut controls| controls.any(is_error)))?;
     let v4 = addr.as_sockaddr_in().map(|addr| SocketAddr::V4((*addr).into()));
     v4.or_else(|| addr.as_sockaddr_in6().map(|addr| SocketAddr::V6((*addr).into())))
+}
+
+/// Permits more sockets of this user at the same address. The kernel selects one that is connected to the sender.
+// SO_REUSEADDR would let other users take over the port.
+pub(crate) fn share_port(socket: &Socket) -> io::Result<()> {
+    socket.set_reuse_port(true)
 }
 
 /// Receives a datagram by `op`, again after ECONNREFUSED, which reports an ICMP error about an earlier datagram.

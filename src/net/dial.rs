@@ -12,12 +12,14 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
-use nix::sys::socket::{SetSockOpt as _, sockopt::SetStruct};
+use nix::sys::socket::sockopt::{IpBindAddressNoPort, SetStruct};
+use nix::sys::socket::{SetSockOpt as _, setsockopt};
 use nix::{libc, setsockopt_impl};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 use socket2::{SockRef, Socket, TcpKeepalive};
 
+use super::outbound::set_outbound_options;
 use super::reactor::Interest;
 use super::socket::Io;
 use super::timer::{sleep, sleep_until, timeout_at};
@@ -100,29 +102,38 @@ impl fmt::Display for DialError {
 
 impl std::error::Error for DialError {}
 
-/// Local address and address family of new connections. Targets of other families are not tried.
-#[derive(Clone, Copy, Debug, Default)]
+/// Local addresses of connections and datagrams, and thereby their address families. Targets of other families are not
+/// tried.
+#[derive(Clone, Copy, Debug)]
 pub struct LocalAddr {
-    /// `None`: chosen by the kernel.
-    pub ip: Option<IpAddr>,
+    /// At most one of each family; without one, the family is not used. Unspecified: chosen by the kernel.
+    pub ips: [Option<IpAddr>; 2],
     /// 0: chosen by the kernel.
     pub port: u16,
-    /// `Some(true)`: IPv4 only. `Some(false)`: IPv6 only. `None`: both.
-    pub is_ipv4: Option<bool>,
+}
+
+impl Default for LocalAddr {
+    fn default() -> Self {
+        Self { ips: [Some(Ipv4Addr::UNSPECIFIED.into()), Some(Ipv6Addr::UNSPECIFIED.into())], port: 0 }
+    }
 }
 
 impl LocalAddr {
+    /// Returns the address for sockets to `to`. `None`: its family is not allowed.
+    pub fn ip_to(&self, to: IpAddr) -> Option<IpAddr> {
+        self.ips.into_iter().flatten().find(|ip| ip.is_ipv4() == to.is_ipv4())
+    }
+
     /// Returns true if the address family of `to` is allowed.
     pub fn can_reach(&self, to: IpAddr) -> bool {
-        let family = self.ip.map(|ip| ip.is_ipv4()).into_iter().chain(self.is_ipv4);
-        family.into_iter().all(|is_ipv4| is_ipv4 == to.is_ipv4())
+        self.ip_to(to).is_some()
     }
 
     /// Returns the address to bind(2) before connecting to `to`. `None` if the kernel chooses both address and port.
     pub fn bind_addr(&self, to: SocketAddr) -> Option<SocketAddr> {
-        let is_any = self.ip.is_none() && self.port == 0;
+        let ip = self.ip_to(to.ip()).filter(|ip| !ip.is_unspecified() || self.port != 0)?;
         // A link-local address is on the link of `to`.
-        (!is_any).then(|| with_scope(SocketAddr::new(self.ip.unwrap_or(unspecified(to.ip())), self.port), to))
+        Some(with_scope(SocketAddr::new(ip, self.port), to))
     }
 }
 
@@ -245,14 +256,22 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Dialed, DialError
     let connect_error = |error: Errno| DialError::from_connect(&error.into(), addr);
     let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let (socket, from) = (stream_socket(family).map_err(connect_error)?, local.bind_addr(addr));
+    set_outbound_options(&socket).map_err(|_| DialError::NoInterface)?;
     if let Some(from) = from {
-        // Permits a port whose last connection, to another peer, is in TIME_WAIT.
-        let bound = sockopt::set_socket_reuseaddr(&socket, true).and_then(|()| rustix::net::bind(&socket, &from));
+        let shared = match from.port() {
+            // connect(2) chooses a port that is free for this target. bind(2) would choose one that is free for all.
+            0 => setsockopt(&socket, IpBindAddressNoPort, &true).map_err(io::Error::from),
+            // Permits a port whose last connection, to another peer, is in TIME_WAIT.
+            _ => sockopt::set_socket_reuseaddr(&socket, true).map_err(io::Error::from),
+        };
+        let bound = shared.and_then(|()| rustix::net::bind(&socket, &from).map_err(io::Error::from));
         bound.map_err(|_| DialError::LocalAddr)?;
     }
     match rustix::net::connect(&socket, &addr) {
         Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => {}
-        Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) if from.is_some() => return Err(DialError::LocalAddr),
+        Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE | Errno::INVAL) if from.is_some() => {
+            return Err(DialError::LocalAddr);
+        }
         Err(error) => return Err(connect_error(error)),
     }
     // Registered after connect(2): epoll reports an unconnected socket as hung up.

@@ -7,6 +7,7 @@ use nix::libc;
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::dial::{DialError, DialLimits, with_scope};
+use super::outbound::sort_by_preference;
 use super::threads::unblock;
 
 const MAX_ADDRS_PER_NAME: usize = 32;
@@ -48,6 +49,7 @@ fn system_lookup(name: &str, port: u16, flags: i32) -> Result<Vec<SocketAddr>, D
             addrs.push(addr);
         }
     }
+    sort_by_preference(&mut addrs);
     if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(addrs) }
 }
 

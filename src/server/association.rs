@@ -48,7 +48,7 @@ thread_local! {
 
 pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
     let _shares = session.server().limiter.admit_association(session.log.client_key())?;
-    let egress = Egress { upstreams: open_only_route(session, control).await?, ..Egress::default() };
+    let egress = Egress::new(session.server().options.outbound, open_only_route(session, control).await?);
     let client = ClientSocket::bind(session, control, dst).await.map_err(SessionError::general_failure)?;
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);

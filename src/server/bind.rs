@@ -4,7 +4,7 @@
 //! another one. Without an address, any peer may connect, and the port is where the client wishes the server to listen.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
 use std::time::Instant;
 
 use futures_lite::FutureExt as _;
@@ -16,7 +16,10 @@ use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::Session;
 use crate::conn::{Conn, to_canonical_addr};
-use crate::net::{ACCEPT_RETRY_DELAY, DialError, Interest, Io, accept, parse_literal, sleep, timeout_at, unspecified};
+use crate::net::{
+    ACCEPT_RETRY_DELAY, DialError, Interest, Io, LocalAddr, accept, parse_literal, set_outbound_options, sleep,
+    timeout_at, unspecified, with_scope,
+};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Command, Host, PortRange, Rep};
 
@@ -45,10 +48,17 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> 
     let share = share.ok_or_else(|| SessionError::general_failure(limit_reached))?;
     let expected = session.cancellable(client, ExpectedPeer::resolve(session, dst)).await?;
     let control = client.local_addr();
-    let peer = expected.preferred_addr(control);
-    let local = reachable_addr(control, peer)
-        .map_err(|error| SessionError::from_dial(DialError::from_connect(&error, peer), dst))?;
-    let (listener, bnd) = listen_for_peer(session, local, &expected).await.map_err(SessionError::general_failure)?;
+    let outbound = session.server().options.outbound;
+    let unavailable = || SessionError::from_dial(DialError::FamilyUnavailable, dst);
+    let (peer, ip) = expected.preferred_addr(control, outbound).ok_or_else(unavailable)?;
+    let local = match ip.is_unspecified() {
+        true => reachable_addr(control, peer)
+            .map_err(|error| SessionError::from_dial(DialError::from_connect(&error, peer), dst))?,
+        false => with_scope(SocketAddr::new(ip, 0), peer),
+    };
+    let (listener, bnd) = listen_for_peer(session, local, !ip.is_unspecified(), &expected)
+        .await
+        .map_err(SessionError::general_failure)?;
     session.reply_success(client, bnd.into(), || None).await?;
     let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
     drop((listener, share));
@@ -161,12 +171,17 @@ impl ExpectedPeer {
         self.addrs.iter().any(|expected| expected.ip().is_unspecified() || expected.ip() == ip)
     }
 
-    /// Returns the address that selects family and address of the listener. The family of the control connection is
-    /// preferred.
-    fn preferred_addr(&self, control: Option<SocketAddr>) -> SocketAddr {
-        let is_same_family = |addr: &&SocketAddr| control.is_some_and(|control| control.is_ipv4() == addr.is_ipv4());
-        let preferred = self.addrs.iter().find(is_same_family).or(self.addrs.first());
-        preferred.copied().unwrap_or((Ipv4Addr::UNSPECIFIED, 0).into())
+    /// Returns the address that selects family and address of the listener, and the IP address for outbound traffic to it.
+    /// The family of the control connection is preferred.
+    fn preferred_addr(&self, control: Option<SocketAddr>, outbound: LocalAddr) -> Option<(SocketAddr, IpAddr)> {
+        let mut usable = self.addrs.iter().filter_map(|addr| Some((*addr, outbound.ip_to(addr.ip())?)));
+        let is_same_family =
+            |(addr, _): &(SocketAddr, _)| control.is_some_and(|control| control.is_ipv4() == addr.is_ipv4());
+        // Any peer can have another family than DST.
+        let is_any = self.addrs.iter().any(|addr| addr.ip().is_unspecified());
+        let any = outbound.ips.into_iter().flatten().next().filter(|_| is_any);
+        let any = any.map(|ip| (SocketAddr::new(unspecified(ip), 0), ip));
+        usable.clone().find(is_same_family).or_else(|| usable.next()).or(any)
     }
 
     fn has_both_families(&self) -> bool {
@@ -174,19 +189,21 @@ impl ExpectedPeer {
     }
 }
 
-/// Listens at `local`, an address that the peer can reach. Returns the listener and BND. Binds all addresses if peers
-/// of both families are expected, or if BND is an advertised address, since this host may not have it.
+/// Listens at `local`, an address that the peer can reach. Returns the listener and BND. Unless `local` is fixed, binds
+/// all addresses if peers of both families are expected, or if BND is an advertised address, since this host may not
+/// have it.
 async fn listen_for_peer(
     session: &Session,
     mut local: SocketAddr,
+    is_fixed: bool,
     expected: &ExpectedPeer,
 ) -> io::Result<(Io<TcpListener>, SocketAddr)> {
     let options = &session.server().options;
     let mut bnd = session.advertised_addr(&options.advertise_bind, local);
-    let both_families = expected.has_both_families();
+    let both_families = !is_fixed && expected.has_both_families();
     if both_families {
         local.set_ip(Ipv6Addr::UNSPECIFIED.into());
-    } else if bnd != local {
+    } else if bnd != local && !is_fixed {
         local.set_ip(unspecified(local.ip()));
     }
     let listener = listen_on_port(local, !both_families, expected.wished_port, options.bind_ports.as_ref()).await?;
@@ -202,7 +219,7 @@ async fn listen_on_port(
     ports: Option<&PortRange>,
 ) -> io::Result<TcpListener> {
     // The backlog has room for other peers too, whose connections are accepted and closed.
-    let bind = |local| listen_tcp(local, is_v6_only, 16);
+    let bind = |local| listen_tcp(local, is_v6_only, 16, set_outbound_options);
     let wished = wished.filter(|port| ports.is_none_or(|ports| ports.0.contains(port)));
     let listener = wished.and_then(|port| {
         let mut local = local;

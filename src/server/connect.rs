@@ -7,7 +7,7 @@ use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::Session;
 use crate::conn::Conn;
-use crate::net::{LocalAddr, dial};
+use crate::net::dial;
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Command, Host};
 
@@ -30,7 +30,8 @@ pub(super) async fn serve(
     let connecting = async {
         match &hop {
             None => {
-                let dialed = dial(addrs, LocalAddr::default(), &session.dial_limits(), deadline).await;
+                let local = session.server().options.outbound;
+                let dialed = dial(addrs, local, &session.dial_limits(), deadline).await;
                 let (target, addr) = dialed.map_err(|error| SessionError::from_dial(error, dst))?;
                 let target = Conn::Tcp(target);
                 let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;

@@ -137,7 +137,8 @@ fn bind_all(addrs: &[SocketAddr]) -> Result<Vec<Listener>, (String, io::Error)> 
         if listeners.iter().any(|listener| listener.addr == Some(addr)) {
             continue;
         }
-        let bound = listen_tcp(addr, true, LISTEN_BACKLOG).and_then(|socket| Ok((socket.local_addr()?, socket)));
+        let bound =
+            listen_tcp(addr, true, LISTEN_BACKLOG, |_| Ok(())).and_then(|socket| Ok((socket.local_addr()?, socket)));
         match bound {
             Ok((addr, socket)) => listeners.push(Listener::tcp(addr, socket.into())),
             Err(error) if is_family_unavailable(&error) => unavailable = (addr.to_string(), error),
@@ -147,9 +148,15 @@ fn bind_all(addrs: &[SocketAddr]) -> Result<Vec<Listener>, (String, io::Error)> 
     if listeners.is_empty() { Err(unavailable) } else { Ok(listeners) }
 }
 
-/// Returns a non-blocking listening socket.
-pub(super) fn listen_tcp(addr: SocketAddr, is_v6_only: bool, backlog: i32) -> io::Result<TcpListener> {
+/// Returns a non-blocking listening socket. `prepare` is called before it is bound.
+pub(super) fn listen_tcp(
+    addr: SocketAddr,
+    is_v6_only: bool,
+    backlog: i32,
+    prepare: impl FnOnce(&Socket) -> io::Result<()>,
+) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
+    prepare(&socket)?;
     socket.set_nonblocking(true)?;
     if addr.is_ipv6() {
         socket.set_only_v6(is_v6_only)?;

@@ -10,6 +10,7 @@ use super::listen::ListenAddr;
 use super::run_as::RunAs;
 use crate::client::{ClientOptions, Proxy};
 use crate::gssapi::Acceptor;
+use crate::net::{LocalAddr, OutboundOptions};
 use crate::proto::PortRange;
 
 /// Settings of a server.
@@ -37,6 +38,10 @@ pub struct Options {
     pub advertise_bind: Vec<IpAddr>,
     /// Addresses for BND of UDP ASSOCIATE instead of the one that the client connected to, at most one per family.
     pub advertise_udp: Vec<IpAddr>,
+    /// Source addresses of connections and datagrams to targets and hops, and addresses of the listeners of BIND.
+    pub outbound: LocalAddr,
+    /// Further options of these sockets.
+    pub outbound_options: OutboundOptions,
     /// Ports for BIND. `None`: chosen by the kernel.
     pub bind_ports: Option<PortRange>,
     /// Ports for UDP associations. All share a single port. `None`: chosen by the kernel.

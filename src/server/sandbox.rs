@@ -9,14 +9,16 @@ mod syscalls;
 
 use std::fs::{self, File};
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-use rustix::thread::{CapabilitySet, CapabilitySets};
-use rustix::thread::{clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_keep_capabilities};
+use rustix::thread::{clear_ambient_capability_set, remove_capability_from_bounding_set};
 
 use super::options::Options;
 use super::run_as::RunAs;
+use crate::net::{OutboundOptions, bind_outbound};
 
 /// O_CLOEXEC in the octal flags of proc_pid_fdinfo(5).
 const CLOEXEC_FLAG: u32 = 0o2_000_000;
@@ -43,8 +45,7 @@ pub(super) fn check_ports(options: &Options) -> Option<String> {
     let first_free: u16 = first_free.and_then(|port| port.trim().parse().ok()).unwrap_or(1024);
     let keeps_capabilities = !options.sandbox && options.run_as.as_ref().is_none_or(RunAs::is_root);
     let is_allowed = keeps_capabilities
-        && rustix::thread::capabilities(None)
-            .is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_BIND_SERVICE));
+        && capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_BIND_SERVICE));
     let ports = [("--bind-ports", &options.bind_ports), ("--udp-ports", &options.udp_ports)];
     let mut low =
         ports.into_iter().filter(|(_, ports)| ports.as_ref().is_some_and(|ports| *ports.0.start() < first_free));
@@ -55,13 +56,39 @@ pub(super) fn check_ports(options: &Options) -> Option<String> {
     ))
 }
 
+/// Returns the fewest capabilities with which sockets can have the options for outbound traffic: Linux requires CAP_NET_RAW
+/// for the mark, before version 5.17 CAP_NET_ADMIN, and none or CAP_NET_RAW for the interface.
+pub(super) fn outbound_capabilities(options: &Options) -> Result<CapabilitySet, String> {
+    let (none, raw, admin) = (CapabilitySet::empty(), CapabilitySet::NET_RAW, CapabilitySet::NET_ADMIN);
+    let OutboundOptions { interface, mark, .. } = &options.outbound_options;
+    if interface.is_none() && mark.is_none() {
+        return Ok(none);
+    }
+    let sets = capabilities(None).map_err(|error| error.to_string())?;
+    let mut found = Ok(none);
+    for effective in [none, raw, admin, raw | admin].into_iter().filter(|set| sets.permitted.contains(*set)) {
+        let _ = set_capabilities(None, CapabilitySets { effective, ..sets });
+        found = bind_outbound((Ipv4Addr::UNSPECIFIED, 0).into()).map(|_| effective);
+        if !found.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
+            break;
+        }
+    }
+    let _ = set_capabilities(None, sets);
+    found.map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            format!("{error} (start s5 as root, or with CAP_NET_RAW; before Linux 5.17, with CAP_NET_ADMIN)")
+        }
+        _ => error.to_string(),
+    })
+}
+
 /// Switches to the user of `--run-as`, and restricts this process unless `--no-sandbox` is set. Returns a function that
-/// logs what is in force. If the kernel lacks a part, the other parts are in force. `has_passwords`: other processes
-/// must not read the memory of this one.
+/// logs what is in force. If the kernel lacks a part, the other parts are in force. The capabilities in `kept` stay.
+/// `has_passwords`: other processes must not read the memory of this one.
 ///
 /// # Errors
 /// The process cannot become the user.
-pub(super) fn enter(options: &Options, has_passwords: bool) -> io::Result<impl FnOnce() + use<>> {
+pub(super) fn enter(options: &Options, kept: CapabilitySet, has_passwords: bool) -> io::Result<impl FnOnce() + use<>> {
     let (mut in_force, mut missing, mut refusals) = (Vec::new(), Vec::new(), None);
     // Before the switch: removing from the bounding set and opening the files needs root.
     let landlock = options.sandbox.then(|| files::ruleset(options));
@@ -69,7 +96,12 @@ pub(super) fn enter(options: &Options, has_passwords: bool) -> io::Result<impl F
         drop_bounding_set();
     }
     if let Some(to) = &options.run_as {
+        // The kernel drops all capabilities when root becomes another user.
+        set_keep_capabilities(!kept.is_empty())?;
         to.switch()?;
+        if !kept.is_empty() && !to.is_root() {
+            limit_capabilities(kept)?;
+        }
         in_force.push(format!("user {to}"));
     }
     let mut add = |name: String, result: Result<(), String>| match result {
@@ -78,7 +110,9 @@ pub(super) fn enter(options: &Options, has_passwords: bool) -> io::Result<impl F
     };
     if let Some(landlock) = landlock {
         let text = |error: rustix::io::Errno| error.to_string();
-        add("no capabilities".into(), drop_capabilities().map_err(text));
+        let names = kept.iter_names().map(|(name, _)| format!("only CAP_{name}")).collect::<Vec<_>>().join(" and ");
+        let name = if kept.is_empty() { "no capabilities".into() } else { names };
+        add(name, limit_capabilities(kept).map_err(text));
         add("no_new_privs".into(), rustix::thread::set_no_new_privs(true).map_err(text));
         if has_passwords {
             add("not dumpable".into(), set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(text));
@@ -132,11 +166,10 @@ fn drop_bounding_set() {
     }
 }
 
-/// Drops the effective, permitted, inheritable and ambient capabilities. User 0 without capabilities opens files as any
-/// other user.
-fn drop_capabilities() -> rustix::io::Result<()> {
-    let none = CapabilitySet::empty();
+/// Drops the effective and permitted capabilities except `kept`, and all inheritable and ambient ones. User 0 without
+/// capabilities opens files as any other user.
+fn limit_capabilities(kept: CapabilitySet) -> rustix::io::Result<()> {
     // Fails on kernels without ambient capabilities. The next call empties the set too.
     let _ = clear_ambient_capability_set();
-    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+    set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() })
 }

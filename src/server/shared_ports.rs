@@ -19,7 +19,7 @@ use futures_lite::stream::Stream as _;
 use smol::channel::{self, Receiver, Sender};
 
 use super::worker;
-use crate::net::{BatchSocket, RecvBatch, wake_later};
+use crate::net::{BatchSocket, RecvBatch, share_port, wake_later};
 use crate::proto::{Datagram, Frame};
 
 /// Datagrams that are received before other tasks run.
@@ -92,7 +92,7 @@ impl SharedPorts {
         if let Some(group) = groups.get_mut(&key) {
             group.members.push(member.clone());
         } else {
-            let socket = BatchSocket::bind(local, true)?;
+            let socket = BatchSocket::bind(local, share_port)?;
             // Filters by address only. Sockets that are connected to a port take precedence.
             socket.get_ref().connect(any_port)?;
             let (has_left, left) = channel::bounded(1);

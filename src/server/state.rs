@@ -41,7 +41,7 @@ impl Server {
     pub(super) fn hop_client(&self, client: ClientKey, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
         let remaining = deadline.saturating_duration_since(Instant::now());
         let limits = Some(Arc::new(self.dial_shares.of(client)) as _);
-        let options = ClientOptions { limits, ..(*self.options.hop_options).clone() };
+        let options = ClientOptions { limits, local: self.options.outbound, ..(*self.options.hop_options).clone() };
         Client::new(hop.proxies(), dst, Some(remaining), Arc::new(options))
     }
 

@@ -6,4 +6,5 @@ mod bulk;
 mod connect;
 mod gateway;
 mod names;
+mod outbound;
 mod relay;

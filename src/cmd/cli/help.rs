@@ -25,8 +25,9 @@ const GROUPS: [(&str, &str); 11] = [
     ("--verbose", "Logging"),
 ];
 
-/// Options that only the manual has, so that the help fits on two screens: they set one part of `--advertise`.
-const ONLY_IN_MANUAL: [&str; 2] = ["--advertise-bind", "--advertise-udp"];
+/// Options that only the manual has, so that the help fits on two screens: few users need them.
+const ONLY_IN_MANUAL: [&str; 6] =
+    ["--advertise-bind", "--advertise-udp", "--outbound-interface", "--mark", "--prefer", "--hop-udp-relay"];
 
 pub(crate) fn text(syntax: &Syntax) -> String {
     let mut out = format!("Usage: {}\n{}\n", syntax.usage(), syntax.description.trim());

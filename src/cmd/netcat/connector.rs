@@ -2,6 +2,7 @@
 
 use std::future::pending;
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -285,13 +286,15 @@ impl Connector {
 
 fn source_from_args(args: &ClientArgs, hops: &[Proxy]) -> CliResult<LocalAddr> {
     CliError::usage_if(args.ipv4 && args.ipv6, "-4 and -6 cannot be combined")?;
-    let is_ipv4 = (args.ipv4 || args.ipv6).then_some(args.ipv4);
-    let source = LocalAddr { ip: args.source, port: args.source_port.unwrap_or(0), is_ipv4 };
-    if let Some(ip) = source.ip.filter(|ip| !source.can_reach(*ip)) {
+    let is_excluded = |ip: &IpAddr| if ip.is_ipv4() { args.ipv6 } else { args.ipv4 };
+    if let Some(ip) = args.source.filter(is_excluded) {
         return Err(CliError::usage(format!("-s {ip}: not an address of the family that -4 or -6 selects")));
     }
+    let any = LocalAddr::default().ips.map(|ip| ip.filter(|ip| !is_excluded(ip)));
+    let ips = args.source.map_or(any, |ip| [Some(ip), None]);
+    let source = LocalAddr { ips, port: args.source_port.unwrap_or(0) };
     let is_unix = hops.first().is_some_and(Proxy::is_unix);
-    let has_source = args.source.is_some() || args.source_port.is_some() || is_ipv4.is_some();
+    let has_source = args.source.is_some() || args.source_port.is_some() || args.ipv4 || args.ipv6;
     CliError::usage_if(is_unix && has_source, "-4, -6, -s and -p cannot be used with a proxy on a Unix socket")?;
     Ok(source)
 }

@@ -12,7 +12,7 @@ use super::super::local_addr::bind_in_range;
 use super::super::shared_ports::Membership;
 use super::super::state::Session;
 use crate::conn::{Conn, Protection};
-use crate::net::{BatchSocket, GsoBatch, parse_literal};
+use crate::net::{BatchSocket, GsoBatch, parse_literal, share_port};
 use crate::proto::{Addr, Host, MAX_UDP4_PAYLOAD, PortRange};
 use crate::reassembly::fragment;
 
@@ -47,7 +47,7 @@ impl ClientSocket {
                 local.set_port(port);
                 let join = || {
                     let membership = server.shared_ports.join(local, addr, protection.is_some())?;
-                    Ok((BatchSocket::bind(local, true)?, Some(membership)))
+                    Ok((BatchSocket::bind(local, share_port)?, Some(membership)))
                 };
                 join().map_err(|error: io::Error| match error.kind() {
                     io::ErrorKind::AddrInUse => io::Error::other(format!(
@@ -56,7 +56,9 @@ impl ClientSocket {
                     _ => error,
                 })?
             }
-            None => (bind_in_range(ports, "--udp-ports", local, |local| BatchSocket::bind(local, false)).await?, None),
+            None => {
+                (bind_in_range(ports, "--udp-ports", local, |local| BatchSocket::bind(local, |_| Ok(()))).await?, None)
+            }
         };
         // Connecting to port 0 filters by address only. A socket with a shared port is connected to itself, and
         // receives nothing, until the client's port is known.

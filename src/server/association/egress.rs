@@ -10,12 +10,12 @@ use super::super::session_log::SessionLog;
 use super::super::state::Session;
 use super::sent_to::SentTo;
 use super::upstream::{Upstream, UpstreamEvent, only_route};
-use crate::net::{BatchSocket, GsoBatch, unspecified};
+use crate::net::{BatchSocket, GsoBatch, LocalAddr, set_outbound_options, with_scope};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Host, HostName};
 
-#[derive(Default)]
 pub(super) struct Egress {
+    outbound: LocalAddr,
     /// IPv4 and IPv6, created when first used.
     pub(super) sockets: [Option<BatchSocket>; 2],
     /// Created when first used.
@@ -24,6 +24,10 @@ pub(super) struct Egress {
 }
 
 impl Egress {
+    pub(super) fn new(outbound: LocalAddr, upstreams: Vec<Upstream>) -> Self {
+        Self { outbound, sockets: [None, None], upstreams, sent_to: SentTo::default() }
+    }
+
     /// Sends one datagram to an address of `name`. Returns false if it is lost.
     pub(super) fn send(&mut self, log: &SessionLog, addr: SocketAddr, name: &HostName, data: &[u8]) -> bool {
         if self.sent_to.insert(addr.ip(), Some(name)) {
@@ -79,7 +83,11 @@ impl Egress {
         let socket = if addr.is_ipv4() { v4 } else { v6 };
         match socket {
             Some(socket) => Ok(socket),
-            unset => Ok(unset.insert(BatchSocket::bind(SocketAddr::new(unspecified(addr.ip()), 0), false)?)),
+            unset => {
+                let local = self.outbound.ip_to(addr.ip()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+                let local = with_scope(SocketAddr::new(local, 0), addr);
+                Ok(unset.insert(BatchSocket::bind(local, set_outbound_options)?))
+            }
         }
     }
 }

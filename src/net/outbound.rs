@@ -1,0 +1,56 @@
+//! Options of all sockets to targets, peers and upstream proxies: the interface and the mark of their packets, and which
+//! addresses of a name are used first. They are the same for the whole process, and set once.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::sync::OnceLock;
+
+use socket2::{Domain, SockRef, Socket, Type};
+
+static OPTIONS: OnceLock<OutboundOptions> = OnceLock::new();
+
+/// The options. By default, the system decides.
+#[derive(Clone, Debug, Default)]
+pub struct OutboundOptions {
+    /// Name of the only interface to use (SO_BINDTODEVICE).
+    pub interface: Option<String>,
+    /// Mark of the packets (SO_MARK).
+    pub mark: Option<u32>,
+    /// `Some(true)`: the IPv4 addresses of a name are first. `Some(false)`: the IPv6 addresses.
+    pub prefers_ipv4: Option<bool>,
+}
+
+impl OutboundOptions {
+    /// Applies the options to all sockets from now on. Only the first call of a process has an effect.
+    pub fn set_for_process(self) {
+        let _ = OPTIONS.set(self);
+    }
+}
+
+/// Sets interface and mark of a socket before it is bound or connected.
+pub fn set_outbound_options(socket: &impl AsFd) -> io::Result<()> {
+    let Some(OutboundOptions { interface, mark, .. }) = OPTIONS.get() else { return Ok(()) };
+    let socket = SockRef::from(socket);
+    let named = |option: String, error: io::Error| io::Error::new(error.kind(), format!("{option}: {error}"));
+    if let Some(name) = interface {
+        let bound = socket.bind_device(Some(name.as_bytes()));
+        bound.map_err(|error| named(format!("--outbound-interface {name}"), error))?;
+    }
+    mark.map_or(Ok(()), |mark| socket.set_mark(mark).map_err(|error| named(format!("--mark {mark}"), error)))
+}
+
+/// Binds a socket for datagrams to a target or a proxy.
+pub fn bind_outbound(local: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(local), Type::DGRAM, None)?;
+    set_outbound_options(&socket)?;
+    socket.bind(&local.into())?;
+    Ok(socket.into())
+}
+
+/// Moves the addresses of the preferred family to the front, and keeps the order within each family.
+pub(super) fn sort_by_preference(addrs: &mut [SocketAddr]) {
+    if let Some(prefers_ipv4) = OPTIONS.get().and_then(|options| options.prefers_ipv4) {
+        addrs.sort_by_key(|addr| addr.is_ipv4() != prefers_ipv4);
+    }
+}

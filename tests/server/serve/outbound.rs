@@ -1,0 +1,250 @@
+//! --outbound, --outbound-interface, --mark and --prefer, on a host with two networks and several addresses.
+
+use crate::guard::hosts::{Host, server_addr, server_addr_v6};
+use crate::guard::tools::{assert_accepts_peer, assert_no_datagram, associate, log_in, send_request, udp_target};
+use crate::udp::association::receive;
+use crate::*;
+
+/// The addresses of a client, the server and a target, and the expected source address.
+type Row = (&'static str, SocketAddr, &'static str, &'static str);
+
+fn rows() -> [Row; 2] {
+    [("10.9.0.2", server_addr(), "10.9.1.2", "10.9.1.5"), ("fd09::2", server_addr_v6(), "fd09:1::2", "fd09:1::5")]
+}
+
+/// Runs commands in a namespace, here that of the test.
+fn sh(mut command: Command, script: &str) {
+    let output = run(command.args(["-c", &format!("set -e; {script}")]), b"", TIMEOUT);
+    assert!(output.status.success(), "{script}: {}", text(&output.stderr));
+}
+
+/// A host with the further addresses 10.9.1.5 and fd09:1::5.
+fn host() -> Host {
+    let host = Host::new();
+    sh(host.command("sh"), "ip addr add 10.9.1.5/24 dev s1; ip addr add fd09:1::5/64 dev s1 nodad");
+    host
+}
+
+/// Opens a session. Returns the connection, REP and BND.
+fn session((client, server, ..): Row, command: u8, dst: &str) -> (TcpStream, u8, SocketAddr) {
+    let mut stream = log_in(server, ip(client), None);
+    let (rep, bnd) = send_request(&mut stream, command, dst);
+    (stream, rep, bnd)
+}
+
+/// Checks the source address of a connection and of datagrams, and the listener of BIND.
+fn assert_source(row: Row) {
+    let (client, server, at, source) = row;
+    let (target, dst) = listener(ip(at));
+    let (_tunnel, rep, bnd) = session(row, CONNECT, &dst.to_string());
+    assert_eq!((rep, bnd.ip()), (0, ip(source)), "{row:?}");
+    assert_eq!(accept(&target).1, bnd);
+    let (target, dst) = udp_target(at);
+    let association = associate(server, ip(client), None);
+    association.send(dst, b"hello");
+    let (data, from) = receive(&target);
+    assert_eq!((data.as_slice(), from.ip()), (&b"hello"[..], ip(source)));
+    target.send_to(b"answer", from).expect("datagram sent");
+    assert_eq!(association.receive(), (dst, b"answer".to_vec()));
+    let (mut bound, rep, bnd) = session(row, BIND, &dst.to_string());
+    assert_eq!((rep, bnd.ip()), (0, ip(source)), "{row:?}");
+    assert_accepts_peer(&mut bound, bnd, SocketAddr::new(ip(at), 0));
+}
+
+#[test]
+fn outbound_is_the_source_address_of_all_commands_and_of_connections_to_hops() {
+    enter_namespace!("", "");
+    let host = host();
+    let args = ["--outbound", "10.9.1.5", "--outbound", "fd09:1::5"];
+    let server = host.serve(&args);
+    for row in rows() {
+        assert_source(row);
+        let any = if row.1.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        assert_eq!(session(row, BIND, any).2.ip(), ip(row.3));
+    }
+    drop(server);
+    // BIND listens at the address also if BND has another one.
+    let server = host.serve(&[&args[..], &["--advertise", "203.0.113.5"]].concat());
+    let (mut bound, rep, mut bnd) = session(rows()[0], BIND, "10.9.1.2:0");
+    assert_eq!((rep, bnd.ip()), (0, ip("203.0.113.5")));
+    bnd.set_ip(ip("10.9.1.1"));
+    assert!(TcpStream::connect(bnd).is_err(), "BIND listens at all addresses");
+    bnd.set_ip(ip("10.9.1.5"));
+    assert_accepts_peer(&mut bound, bnd, addr("10.9.1.2:0"));
+    drop(server);
+    for row in rows() {
+        let at = SocketAddr::new(ip(row.2), 1080).to_string();
+        let upstream = serve(&at, 1, &["--allow-open-relay"]);
+        let server = host.serve(&[&args[..], &["--via", &at]].concat());
+        let echo = echo_server_at(ip(row.2));
+        ping(&mut session(row, CONNECT, &echo.to_string()).0, b"hello");
+        associate(row.1, ip(row.0), None).ping(udp_echo_server(ip(row.2)), b"hello");
+        let from = format!("from={}", SocketAddr::new(ip(row.3), 0).to_string().trim_end_matches('0'));
+        upstream.wait_log(|log| session_lines(log).iter().filter(|line| line.contains(&from)).count() == 2);
+        drop(server);
+    }
+}
+
+#[test]
+fn outbound_of_one_family_refuses_the_other_one() {
+    enter_namespace!("fd09:1::2 both.test v6.test\n10.9.1.2 both.test\n", "");
+    let host = host();
+    let server = host.serve(&["--outbound", "10.9.1.5"]);
+    let [v4, v6] = rows();
+    let (target, dst) = listener(ip("10.9.1.2"));
+    let _v6_target = TcpListener::bind((ip("fd09:1::2"), dst.port())).expect("free port");
+    let rep = |command, dst: &str| session(v6, command, dst).1;
+    assert_eq!([CONNECT, BIND].map(|command| rep(command, &format!("[fd09:1::2]:{}", dst.port()))), [8, 8]);
+    assert_eq!(rep(CONNECT, &format!("v6.test:{}", dst.port())), 4);
+    assert_eq!(rep(CONNECT, &format!("both.test:{}", dst.port())), 0);
+    assert_eq!(accept(&target).1.ip(), ip("10.9.1.5"));
+    assert_eq!(session(v6, BIND, "[::]:0").2.ip(), ip("10.9.1.5"));
+    let ((denied, denied_addr), (target, dst)) = (udp_target("fd09:1::2"), udp_target("10.9.1.2"));
+    let association = associate(v4.1, ip(v4.0), None);
+    association.send(denied_addr, b"dropped");
+    association.send(dst, b"relayed");
+    assert_eq!(receive(&target).0, b"relayed");
+    assert_no_datagram(&denied);
+    drop((association, server));
+    // The system chooses the address of the other family.
+    sh(host.command("sh"), "ip addr del fd09:1::5/64 dev s1");
+    let _server = host.serve(&["--outbound", "10.9.1.5", "--outbound", "::"]);
+    assert_source(v4);
+    assert_source((v6.0, v6.1, v6.2, "fd09:1::1"));
+}
+
+#[test]
+fn mark_and_interface_select_the_route_of_all_commands_and_of_hops() {
+    enter_namespace!("", "");
+    let host = host();
+    let far = [("10.9.0.2", server_addr(), "198.51.100.7"), ("fd09::2", server_addr_v6(), "2001:db8::7")];
+    sh(Command::new("sh"), "ip addr add 198.51.100.7 dev lo; ip addr add 2001:db8::7 dev lo nodad");
+    // Marked packets, and those of interface s1, leave by s1. All others leave by s0.
+    let routes = "for mark in '' 'table 100'; do
+            [ \"$mark\" ] || { ip route add default via 10.9.0.2 metric 1; ip -6 route add default via fd09::2 metric 1; }
+            ip route add default via 10.9.1.2 metric 2 $mark; ip -6 route add default via fd09:1::2 metric 2 $mark
+        done
+        ip rule add fwmark 42 table 100; ip -6 rule add fwmark 42 table 100
+        ip addr del 10.9.1.5/24 dev s1; ip addr del fd09:1::5/64 dev s1
+        ip route add local 198.51.100.9 dev lo src 10.9.1.1 table 100
+        ip -6 route add local 2001:db8::9 dev lo src fd09:1::1 table 100";
+    sh(host.command("sh"), routes);
+    let by = |sources: [&'static str; 2]| {
+        far.into_iter()
+            .zip(sources)
+            .for_each(|((client, server, at), source)| assert_source((client, server, at, source)));
+    };
+    let args: [&[&str]; 3] = [&[], &["--mark", "0x2a"], &["--outbound-interface", "s1"]];
+    for (args, sources) in
+        args.into_iter().zip([["10.9.0.1", "fd09::1"], ["10.9.1.1", "fd09:1::1"], ["10.9.1.1", "fd09:1::1"]])
+    {
+        let server = host.serve(args);
+        by(sources);
+        if args == ["--mark", "0x2a"] {
+            server.wait_log(|log| log.contains("sandbox: only CAP_NET_RAW, "));
+            // Only marked packets reach these addresses of the host, and so its listener.
+            let own = ["198.51.100.9:1080", "[2001:db8::9]:1080"];
+            for (row, own) in rows().into_iter().zip(own) {
+                assert_eq!(session(row, CONNECT, own).1, 2, "{own}");
+            }
+        }
+        drop(server);
+        for ((client, server_addr, at), source) in far.into_iter().zip(sources) {
+            let hop = SocketAddr::new(ip(at), 1080).to_string();
+            let upstream = serve(&hop, 1, &["--allow-open-relay"]);
+            let _server = host.serve(&[args, &["--via", &hop]].concat());
+            let association = associate(server_addr, ip(client), None);
+            association.ping(udp_echo_server(ip(at)), b"hello");
+            drop(association);
+            let from = format!("from={}", SocketAddr::new(ip(source), 0).to_string().trim_end_matches('0'));
+            upstream.wait_log(|log| session_lines(log).iter().any(|line| line.contains(&from)));
+        }
+    }
+}
+
+#[test]
+fn one_source_address_serves_more_connections_than_it_has_ports() {
+    enter_namespace!("", "");
+    if !raise_fd_limit(8_000) {
+        return record_skip("the limit of descriptors is too low");
+    }
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", "20000 20999").expect("range set");
+    let dir = temp_dir();
+    let path = dir.path().join("s5");
+    let args = ["--outbound", "127.0.0.2", "--outbound", "::1", "--max-connections", "4000"];
+    let _server = serve(&format!("unix:{}", path.display()), 1, &args);
+    for (at, source) in [(V4, "127.0.0.2"), (V6, "::1")] {
+        let targets = [1, 2, 3, 4].map(|port| TcpListener::bind((at, port)).expect("free port"));
+        let mut open = Vec::new();
+        for target in targets.iter().cycle().take(1_500) {
+            let mut client = UnixStream::connect(&path).expect("the server accepts");
+            let dst = target.local_addr().expect("local address");
+            client.write_all(&[&[5, 1, 0][..], &request(CONNECT, dst)].concat()).expect("request sent");
+            let mut answer = [0; 4];
+            client.read_exact(&mut answer).expect("answered");
+            assert_eq!(answer, [5, 0, 5, 0], "after {} connections", open.len());
+            let (target, peer) = accept(target);
+            assert_eq!(peer.ip(), ip(source));
+            open.push((client, target));
+        }
+    }
+}
+
+#[test]
+fn prefer_selects_the_first_family_of_a_name() {
+    enter_namespace!("::1 both.test\n127.0.0.1 both.test\n", "");
+    for (prefer, first) in [("4", V4), ("6", V6)] {
+        let server = Server::start(&["--prefer", prefer]);
+        let ([v4, v6], port) = udp_sockets([V4, V6]);
+        let listeners = [V4, V6].map(|ip| TcpListener::bind((ip, port)).expect("free port"));
+        let (_tunnel, rep, bnd) = open_by_name(&server, CONNECT, "both.test", port);
+        assert_eq!((rep, bnd.ip()), (0, first));
+        let association = udp::association::Association::new(&server);
+        association.send_raw(&udp::association::datagram_name(0, "both.test", port, b"hello"));
+        assert_eq!(receive(if first.is_ipv4() { &v4 } else { &v6 }).0, b"hello");
+        drop(listeners);
+    }
+}
+
+#[test]
+fn outbound_options_that_cannot_work_are_errors_at_the_start() {
+    let rows: [(&[&str], &str); 7] = [
+        (&["--outbound", "192.0.2.1"], "--outbound 192.0.2.1: "),
+        (&["--outbound", "127.0.0.1", "--outbound", "2001:db8::1"], "--outbound 2001:db8::1: "),
+        (&["--outbound", "127.0.0.1", "--outbound", "127.0.0.2"], "--outbound: at most one IPv4 and one IPv6 address"),
+        (&["--outbound", "localhost"], "--outbound"),
+        (&["--outbound-interface", "nowhere0"], "--outbound-interface nowhere0: "),
+        (&["--mark", "-1"], "--mark"),
+        (&["--prefer", "5"], "expected 4 or 6"),
+    ];
+    for (args, words) in rows {
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args), b"", TIMEOUT);
+        assert_fails_with(&output, 2, &[words]);
+    }
+    if !is_installed("setpriv") || !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set=-all", "--inh-caps=-all", s5().get_program().to_str().expect("UTF-8 path")]);
+    let output = run(command.args(["serve", "--listen", "127.0.0.1:0", "--mark", "7"]), b"", TIMEOUT);
+    assert_fails_with(&output, 2, &["--mark 7: ", "(start s5 as root, or with CAP_NET_RAW; before Linux 5.17, "]);
+}
+
+#[test]
+fn server_of_another_user_keeps_only_the_capability_for_the_mark() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    for args in [&["--run-as", "nobody"][..], &["--run-as", "nobody", "--no-sandbox"], &[]] {
+        let server = Server::start(&[&["--mark", "7"], args].concat());
+        let (mut tunnel, rep, _) = open(&server, CONNECT, echo_server());
+        assert_eq!(rep, 0, "{args:?}");
+        ping(&mut tunnel, b"hello");
+        for task in fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs").flatten() {
+            let status = fs::read_to_string(task.path().join("status")).expect("status read");
+            for set in ["Prm", "Eff"] {
+                assert!(status.contains(&format!("\nCap{set}:\t0000000000002000\n")), "{args:?} {status}");
+            }
+        }
+    }
+}
