@@ -2,11 +2,10 @@
 //! Ctrl-S) stops neither sessions nor signals. Lines above the limit of the queue are lost and counted.
 
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::io;
-use std::iter::once;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, sleep};
 use std::time::{Duration, Instant};
 
@@ -22,7 +21,11 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// Time to write the queued lines at the exit.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-static QUEUE: OnceLock<SyncSender<String>> = OnceLock::new();
+// Not a channel of std, which takes 8 KB of code.
+static QUEUE: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
+/// Notified of the first line in an empty queue.
+static HAS_LINE: Condvar = Condvar::new();
+static IS_STARTED: AtomicBool = AtomicBool::new(false);
 /// Lines that are not written yet.
 static WAITING: AtomicUsize = AtomicUsize::new(0);
 /// Lines that were lost since the last report.
@@ -35,17 +38,25 @@ thread_local! {
 /// Writes a line to stderr: through the queue while the server runs, otherwise directly, which may block.
 pub fn eprint_line(line: &str) {
     let line = format!("{line}\n");
-    match QUEUE.get() {
-        Some(queue) if !IS_WRITER.get() => {
-            WAITING.fetch_add(1, Ordering::Relaxed);
-            if queue.try_send(line).is_err() {
-                WAITING.fetch_sub(1, Ordering::Relaxed);
-                LOST.fetch_add(1, Ordering::Relaxed);
-            }
-        }
+    if !IS_STARTED.load(Ordering::Acquire) || IS_WRITER.get() {
         // There is no other place to report an error.
-        _ => drop(write(&line)),
+        return drop(write(&line));
     }
+    let mut queue = queue();
+    if queue.len() >= MAX_LINES {
+        LOST.fetch_add(1, Ordering::Relaxed);
+        return;
+    }
+    WAITING.fetch_add(1, Ordering::Relaxed);
+    queue.push_back(line);
+    // Only for the first one: a notification is a system call.
+    if queue.len() == 1 {
+        HAS_LINE.notify_one();
+    }
+}
+
+fn queue() -> MutexGuard<'static, VecDeque<String>> {
+    QUEUE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits until the queued lines are written, for at most a second.
@@ -58,18 +69,19 @@ pub fn flush() {
 
 /// Starts the thread.
 pub(super) fn start() -> io::Result<()> {
-    let (queue, lines) = sync_channel(MAX_LINES);
-    Builder::new().name("s5-log".into()).spawn(move || run(&lines))?;
-    let _ = QUEUE.set(queue);
+    Builder::new().name("s5-log".into()).spawn(run)?;
+    IS_STARTED.store(true, Ordering::Release);
     Ok(())
 }
 
-fn run(lines: &Receiver<String>) {
+fn run() {
     IS_WRITER.set(true);
-    while let Ok(first) = lines.recv() {
+    loop {
+        drop(HAS_LINE.wait_while(queue(), |queue| queue.is_empty()));
         let mut is_written = false;
-        // Those that came after them wait, so that a lost line is reported soon.
-        for line in once(first).chain(lines.try_iter().take(MAX_LINES)) {
+        // As many as wait while the first one is written. Later ones follow the report of lost lines.
+        for _ in 0..=MAX_LINES {
+            let Some(line) = queue().pop_front() else { break };
             is_written = write(&line).is_ok();
             LOST.fetch_add(u64::from(!is_written), Ordering::Relaxed);
             WAITING.fetch_sub(1, Ordering::Release);
