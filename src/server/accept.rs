@@ -29,7 +29,7 @@ const ACCEPTS_PER_TURN: usize = 32;
 pub(super) fn start(server: &Arc<Server>, listeners: &[Arc<Listener>]) -> io::Result<()> {
     for listener in listeners {
         let accept_loop = AcceptLoop { server: server.clone(), listener: Io::shared_listener(listener.clone())? };
-        worker::spawn(async move {
+        worker::spawn_boxed(async move {
             let workers = &accept_loop.server.workers;
             let accepting = accept_loop.run().or(workers.wait_stop_accepting());
             if AssertUnwindSafe(accepting).catch_unwind().await.is_err() {

@@ -97,7 +97,7 @@ pub(super) fn admit(topic: Topic, client: Option<ClientKey>) -> bool {
     if !is_within && !shares.has_task && !worker::is_ending() {
         shares.has_task = true;
         let end = shares.since + INTERVAL;
-        worker::spawn(async move {
+        worker::spawn_boxed(async move {
             sleep_until(end).await;
             report();
         });

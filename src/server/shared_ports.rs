@@ -97,7 +97,7 @@ impl SharedPorts {
             socket.get_ref().connect(any_port)?;
             let (has_left, left) = channel::bounded(1);
             groups.insert(key, Group { members: vec![member.clone()], has_left });
-            worker::spawn(self.clone().run_group(key, socket, left));
+            worker::spawn_boxed(self.clone().run_group(key, socket, left));
         }
         drop(groups);
         Ok(Membership { ports: self.clone(), key, member, handed_over: Box::pin(receiver) })

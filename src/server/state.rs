@@ -130,22 +130,24 @@ impl Session {
         client: &Conn,
         work: impl Future<Output = SessionResult<T>>,
     ) -> impl Future<Output = SessionResult<T>> {
-        let disconnected = async {
-            client.wait_eof().await;
-            if !client.is_reset() {
-                sleep(HALF_CLOSED_GRACE).await;
-            }
-            Err(SessionError::silent("client disconnected before the reply"))
-        };
-        work.or(disconnected).or(self.denied_by_reload())
+        work.or(err_of(self.disconnected(client).or(self.denied_by_reload())))
+    }
+
+    // These are not generic: the compiler would repeat their code for each use.
+    async fn disconnected(&self, client: &Conn) -> SessionError {
+        client.wait_eof().await;
+        if !client.is_reset() {
+            sleep(HALF_CLOSED_GRACE).await;
+        }
+        SessionError::silent("client disconnected before the reply")
     }
 
     /// Waits until a reloaded policy denies this session, and returns the error.
-    pub(super) async fn denied_by_reload<T>(&self) -> SessionResult<T> {
+    pub(super) async fn denied_by_reload(&self) -> SessionError {
         // A copy: `reply_success` checks this generation again, because it also knows the address of the peer.
         let seen = self.log.policy_generation.clone();
         poll_fn(|_| match self.server().policy.recheck(&self.log, &seen, || None) {
-            Some(reason) => Poll::Ready(Err(SessionError::not_allowed(reason))),
+            Some(reason) => Poll::Ready(SessionError::not_allowed(reason)),
             None => Poll::Pending,
         })
         .await
@@ -170,4 +172,9 @@ impl Session {
         self.log.rep = Some(Rep::SUCCEEDED);
         Ok(())
     }
+}
+
+/// Turns the error that a future returns into a result.
+pub(super) async fn err_of<T>(error: impl Future<Output = SessionError>) -> SessionResult<T> {
+    Err(error.await)
 }

@@ -27,7 +27,7 @@ impl Tunnel {
     /// Relays in a task on this thread. Without a rate limit, a bulk tunnel moves to a worker with fewer bulk tunnels.
     pub(super) fn start(mut self) {
         if self.permit.rate_limit().is_limited() {
-            return worker::spawn(Box::pin(self.relay_here(None)));
+            return worker::spawn_boxed(self.relay_here(None));
         }
         // `self` is not moved to a variable inside the block: the future would reserve room for it twice.
         worker::spawn(async move {
@@ -82,7 +82,7 @@ impl Tunnel {
         // Counted before it arrives, so that the next tunnel chooses another worker.
         let guard = worker.bulk_guard();
         worker.send(move || match attach(client, target) {
-            Ok((client, target)) => worker::spawn(Self { client, target, log, permit }.relay_here(Some(guard))),
+            Ok((client, target)) => worker::spawn_boxed(Self { client, target, log, permit }.relay_here(Some(guard))),
             Err(error) => log.set_error(error),
         });
         Ok(())

@@ -7,6 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -35,6 +36,11 @@ pub(super) fn spawn(task: impl Future<Output = ()> + 'static) {
     if let Some(executor) = THIS.with_borrow(|(_, executor)| executor.upgrade()) {
         executor.spawn(task).detach();
     }
+}
+
+/// Like [`spawn`], for tasks that are rare. Each type of a task takes 2 KB of code, and boxed ones have the same type.
+pub(super) fn spawn_boxed(task: impl Future<Output = ()> + 'static) {
+    spawn(Box::pin(task) as Pin<Box<dyn Future<Output = ()>>>);
 }
 
 /// Returns true in a task that is dropped before its end, because the worker of this thread ends.
@@ -125,7 +131,7 @@ impl WorkerPool {
         for worker in &self.workers {
             let done = done.clone();
             worker.send(move || {
-                spawn(async move {
+                spawn_boxed(async move {
                     reactor::wake_all();
                     // Tasks run in the order of their wake-ups, so this one continues after all of them.
                     smol::future::yield_now().await;
