@@ -97,7 +97,7 @@ impl Client {
     }
 
     /// The proxies, nearest first.
-    pub fn hops(&self) -> &[Proxy] {
+    pub(crate) fn hops(&self) -> &[Proxy] {
         &self.hops
     }
 
@@ -106,23 +106,19 @@ impl Client {
         Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
     }
 
-    /// The current phase, or the last one.
-    pub fn phase(&self) -> Phase {
+    pub(crate) fn phase(&self) -> Phase {
         self.position.get().1
     }
 
-    /// Time spent in each phase so far.
-    pub fn times(&self) -> PhaseTimes {
+    pub(crate) fn times(&self) -> PhaseTimes {
         self.times.get()
     }
 
-    /// Method selected by the proxy that was greeted last.
-    pub fn method(&self) -> Option<Method> {
+    pub(crate) fn method(&self) -> Option<Method> {
         self.last_answer.get().0
     }
 
-    /// REP of the last reply.
-    pub fn rep(&self) -> Option<Rep> {
+    pub(crate) fn rep(&self) -> Option<Rep> {
         self.last_answer.get().1
     }
 

@@ -53,10 +53,9 @@ pub enum Conn {
 
 /// A connection that is not registered with the event loop of any thread. Can be sent to another thread.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "as in Conn")]
 pub enum DetachedConn {
-    /// Over TCP.
     Tcp(Socket),
-    /// Over a Unix socket.
     Unix(Socket),
 }
 

@@ -83,15 +83,14 @@ pub struct Acceptor {
 
 /// A client that has logged in.
 #[derive(Debug)]
-pub struct AuthenticatedClient {
+pub(crate) struct AuthenticatedClient {
     /// Kerberos principal of the client, `alice@REALM`.
-    pub user: Vec<u8>,
-    /// The granted level.
-    pub level: ProtectionLevel,
+    pub(crate) user: Vec<u8>,
+    pub(crate) level: ProtectionLevel,
     /// Protection for all further data; `None` at [`ProtectionLevel::None`].
-    pub protection: Option<Protection>,
+    pub(crate) protection: Option<Protection>,
     /// Set when the context detects replayed and reordered data. RFC 1961 requires this for TCP.
-    pub detects_reordering: bool,
+    pub(crate) detects_reordering: bool,
 }
 
 impl Acceptor {
@@ -104,7 +103,7 @@ impl Acceptor {
     /// Establishes a context with the client on `conn` after the server has selected GSSAPI. Waits for `thread` before
     /// it accepts a token, which takes CPU time. The caller sets the deadline, and sends [`Frame::Abort`] after an
     /// error.
-    pub async fn accept<T: Send + 'static>(
+    pub(crate) async fn accept<T: Send + 'static>(
         &self,
         conn: &mut Conn,
         thread: impl Future<Output = T>,
@@ -169,10 +168,8 @@ pub struct Initiator {
     pub service: String,
     /// Host in the service name. [default: the host name of the proxy]
     pub host: Option<String>,
-    /// Level that is requested.
-    pub requested_level: ProtectionLevel,
-    /// Lowest level that is accepted.
-    pub min_level: ProtectionLevel,
+    pub(crate) requested_level: ProtectionLevel,
+    pub(crate) min_level: ProtectionLevel,
     /// Set to negotiate the level in NEC's variant, as one byte that is not wrapped.
     pub uses_nec_exchange: bool,
     /// Limits how many handshakes wait for a KDC at once.

@@ -258,7 +258,7 @@ async fn reload(server: &Weak<Server>, loaded: Result<Configuration, String>) {
             for (hop, proxies) in server.options.hops.iter().zip(hops) {
                 hop.set_proxies(proxies);
             }
-            let users = policy.users.as_ref().map_or(0, |users| users.len());
+            let users = policy.users.as_ref().map_or(0, |users| users.names().len());
             let rules = policy.rules.user_rules().len();
             server.policy.replace(policy);
             // The sessions that wait recheck themselves now. A session in the middle of another step does it after

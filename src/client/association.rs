@@ -35,7 +35,7 @@ pub struct Association {
 
 /// Counts of received datagrams that were lost on this machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LossCounts {
+pub(crate) struct LossCounts {
     /// Datagrams with missing fragments.
     pub incomplete: u64,
     /// Malformed datagrams, and datagrams that are not from the relay.
@@ -117,8 +117,7 @@ impl Association {
         Some(&first.relay).filter(|relay| matches!(relay.host, Host::Ip(ip) if ip != proxy))
     }
 
-    /// Returns the losses so far.
-    pub fn losses(&self) -> LossCounts {
+    pub(crate) fn losses(&self) -> LossCounts {
         let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().lost_count(Instant::now())).sum();
         let sockets = (0..).map_while(|i| self.socket.get(i));
         let overflowed = sockets.filter_map(|(_, socket)| kernel_drops(&socket)).sum();
@@ -189,8 +188,7 @@ impl Association {
         poll_fn(|cx| self.poll_recv(cx)).await
     }
 
-    /// Poll version of [`Association::recv`].
-    pub fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
+    pub(crate) fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
         for resolved in self.target.iter().chain([&self.socket.peer]) {
             resolved.poll_lookup(cx);
         }

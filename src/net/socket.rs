@@ -52,8 +52,7 @@ impl<T: AsFd> Io<T> {
         self.reactor.deregister(&self.socket);
     }
 
-    /// Returns the socket.
-    pub fn get_ref(&self) -> &T {
+    pub(crate) fn get_ref(&self) -> &T {
         &self.socket
     }
 
@@ -145,8 +144,7 @@ impl Io<Socket> {
         Poll::Ready(Ok(n))
     }
 
-    /// Writes to a stream.
-    pub fn poll_write(&self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    pub(crate) fn poll_write(&self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let n = ready!(self.poll_with(cx, Interest::Write, |mut socket| socket.write(buf)))?;
         if n < buf.len() {
             self.mark_not_ready(Interest::Write);

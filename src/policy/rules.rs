@@ -112,8 +112,7 @@ impl Rules {
         self.groups.first_rules().filter_map(|index| self.user_rules.get(index))
     }
 
-    /// Returns whether a user rule has a `from=` condition.
-    pub fn has_from_condition(&self) -> bool {
+    pub(crate) fn has_from_condition(&self) -> bool {
         self.user_rules.iter().any(|rule| !rule.conditions.from.is_empty())
     }
 

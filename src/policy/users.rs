@@ -111,18 +111,8 @@ impl Users {
         self.hashes.get(user.or_else(decoy)?)
     }
 
-    /// Returns the number of users.
-    pub fn len(&self) -> usize {
-        self.hashes.len()
-    }
-
-    /// Returns whether there are no users.
-    pub fn is_empty(&self) -> bool {
-        self.hashes.is_empty()
-    }
-
     /// Returns the names of all users.
-    pub fn names(&self) -> impl Iterator<Item = &[u8]> {
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &[u8]> {
         self.index_by_name.keys().map(Vec::as_slice)
     }
 
@@ -159,10 +149,8 @@ impl StoredHash {
 
     /// Returns the memory of argon2id in KiB. bcrypt needs 4.
     fn kib(&self) -> usize {
-        PasswordHash::new(&self.0)
-            .ok()
-            .and_then(|hash| argon2id(&hash))
-            .map_or(4, |argon2| argon2.params().block_count())
+        let argon2 = PasswordHash::new(&self.0).ok().and_then(|hash| argon2id(&hash));
+        argon2.map_or(4, |argon2| argon2.params().block_count())
     }
 
     fn verify(&self, passwd: &[u8], memory: &mut HashMemory) -> bool {

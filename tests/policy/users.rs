@@ -181,7 +181,7 @@ fn bcrypt_refuses_passwords_that_it_cannot_distinguish() {
 #[test]
 fn verify_accepts_only_the_whole_name_and_the_password_of_the_user() {
     let users = users(&format!("alice:{ARGON2ID}\nbob:{CRYPT_2B}\nzoë:{HTPASSWD}\n"));
-    assert_eq!((users.len(), users.is_empty()), (3, false));
+    assert_eq!(users.names().len(), 3);
     let passwds = ["password", "a", "p4ssword"];
     for (i, uname) in ["alice", "bob", "zoë"].iter().enumerate() {
         for (j, passwd) in passwds.iter().enumerate() {
@@ -199,12 +199,12 @@ fn verify_accepts_only_the_whole_name_and_the_password_of_the_user() {
 fn comments_blanks_and_crlf_are_ignored() {
     for text in ["", "\n\n", "# alice:\n", "#", "  \r\n\t# b"] {
         let users = users(text);
-        assert_eq!((users.len(), users.is_empty()), (0, true), "{text:?}");
+        assert_eq!(users.names().len(), 0, "{text:?}");
         assert!(!verify(&users, b"alice", b"a") && !verify(&users, b"", b""), "an empty file accepts a login");
     }
     let text = format!("# first: a comment\r\n\r\n  alice:{CRYPT_2B}  \r\n\t#bob:{CRYPT_2B}\r\nzoë:{HTPASSWD}");
     let users = users(&text);
-    assert_eq!(users.len(), 2);
+    assert_eq!(users.names().len(), 2);
     assert!(verify(&users, b"alice", b"a") && verify(&users, "zoë".as_bytes(), b"p4ssword"));
 }
 

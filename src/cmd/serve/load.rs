@@ -93,7 +93,7 @@ impl PolicySources {
 
     fn warn(&self, policy: &Policy) {
         self.files().chain(self.keytab.as_deref()).for_each(warn_if_everybody_can_change);
-        if let (Some(file), Some(0)) = (&self.users, policy.users.as_ref().map(|users| users.len())) {
+        if let (Some(file), Some(0)) = (&self.users, policy.users.as_ref().map(|users| users.names().len())) {
             log::warn!("{}: no users, so every login is refused (add users with --add-user)", file.display());
         }
         let problem = match &self.users {

@@ -76,13 +76,11 @@ impl Rule {
         self.to == TargetCondition::OwnListeners
     }
 
-    /// Returns whether the rule has a `to=` condition.
-    pub fn has_to_condition(&self) -> bool {
+    pub(crate) fn has_to_condition(&self) -> bool {
         self.to == TargetCondition::Listed
     }
 
-    /// Returns the entries of `user=`.
-    pub fn users(&self) -> &[UserPattern] {
+    pub(crate) fn users(&self) -> &[UserPattern] {
         &self.conditions.users
     }
 
