@@ -56,6 +56,7 @@ impl PhaseTimes {
 
 /// Cause of a failed handshake.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "Display describes the others")]
 pub enum ClientErrorKind {
     /// Resolving the name of the first proxy or of the target, or connecting to it, failed.
     Unreachable(DialError),
@@ -67,9 +68,7 @@ pub enum ClientErrorKind {
     Closed(Option<io::Error>),
     /// The proxy accepts none of the offered methods, or the client has no method to offer.
     NoAcceptableMethod,
-    /// The proxy refused user name and password.
     LoginRefused,
-    /// The GSSAPI login failed, on either side.
     Gssapi(gssapi::GssapiError),
     /// The last proxy replied with a failure.
     Rep(Rep),
@@ -79,7 +78,6 @@ pub enum ClientErrorKind {
     NextHop(Rep),
     /// The UDP relay that the proxy reported could not be resolved or reached.
     Relay(Addr, DialError),
-    /// This timeout expired.
     TimedOut(Duration),
 }
 

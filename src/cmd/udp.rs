@@ -118,10 +118,8 @@ impl AnswerWriter<'_> {
             let Some((_, answer)) = self.transfer.association.try_recv() else { break };
             self.push(&answer);
         }
-        self.writer.flush().await.map_err(|error| match error.kind() {
-            io::ErrorKind::BrokenPipe => CliError::new(ExitStatus::BROKEN_PIPE, ""),
-            _ => self.transfer.connector.io_error(ExitStatus::WRITE_STDOUT, &error),
-        })
+        let connector = self.transfer.connector;
+        self.writer.flush().await.map_err(|error| connector.io_error(ExitStatus::WRITE_STDOUT, &error))
     }
 
     fn push(&mut self, answer: &[u8]) {

@@ -36,30 +36,23 @@ const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 
 /// Cause of a failed connection, from the least to the most specific. Of several causes, [`dial`] returns the greatest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[expect(missing_docs, reason = "Display describes the others")]
 pub enum DialError {
-    /// Out of descriptors, ports or memory on this machine.
     LocalResources,
-    /// The requested local address or port is not available.
     LocalAddr,
     /// The resolver did not answer, or reported a temporary failure.
     Resolver,
     /// No address of the target has a family that this machine and [`LocalAddr`] support.
     FamilyUnavailable,
-    /// A link-local address has no zone, which selects the interface.
     ZoneRequired,
-    /// The zone of a link-local address is not an interface of this machine.
     NoInterface,
-    /// No route to the network of the target.
     NetworkUnreachable,
-    /// No answer within the time limit.
     TimedOut,
     /// The name has no addresses, or is not a valid host name.
     NameNotFound,
     /// A router reported it (ICMP), or ARP or neighbour discovery had no answer.
     HostUnreachable,
-    /// The packet filter of this machine denied it.
     Denied,
-    /// The host refused the connection.
     Refused,
 }
 

@@ -174,7 +174,7 @@ impl Connector {
         let mut pause = FIRST_PAUSE;
         let mut attempts = 0;
         let mut previous: Option<(Client, CliError)> = None;
-        loop {
+        let (client, mut error) = loop {
             attempts += 1;
             let timeout = retry_left().map_or(max_timeout, |left| left.min(max_timeout).max(MIN_TIME_LEFT));
             let timeout = Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
@@ -194,24 +194,19 @@ impl Connector {
                 Some(previous) if is_shortened => previous,
                 _ => (client, error),
             };
-            match time_left() {
-                Some(left) if left > MIN_TIME_LEFT && !latest.1.is_final => {
-                    previous = Some(latest);
-                    sleep(pause.min(left / 2)).await;
-                    pause = (pause * 3 / 2).min(MAX_PAUSE);
-                }
-                _ => {
-                    let (client, mut error) = latest;
-                    if attempts > 1 {
-                        error.message += &format!(" (given up after {attempts} attempts)");
-                    }
-                    if !error.is_final && limit.is_some() && max_left().is_some_and(|left| left <= MIN_TIME_LEFT) {
-                        error.status = ExitStatus::TIMED_OUT;
-                    }
-                    return RetryOutcome { client, attempts, result: Err(error) };
-                }
-            }
+            let left = time_left().filter(|left| *left > MIN_TIME_LEFT && !latest.1.is_final);
+            let Some(left) = left else { break latest };
+            previous = Some(latest);
+            sleep(pause.min(left / 2)).await;
+            pause = (pause * 3 / 2).min(MAX_PAUSE);
+        };
+        if attempts > 1 {
+            error.message += &format!(" (given up after {attempts} attempts)");
         }
+        if !error.is_final && limit.is_some() && max_left().is_some_and(|left| left <= MIN_TIME_LEFT) {
+            error.status = ExitStatus::TIMED_OUT;
+        }
+        RetryOutcome { client, attempts, result: Err(error) }
     }
 
     /// Returns what may help against an error of a handshake.
@@ -242,6 +237,9 @@ impl Connector {
     /// Returns a read or write error after the handshake. The status selects the text.
     pub(crate) fn io_error(&self, status: ExitStatus, error: &io::Error) -> CliError {
         let operation = match status {
+            ExitStatus::WRITE_STDOUT if error.kind() == io::ErrorKind::BrokenPipe => {
+                return CliError::new(ExitStatus::BROKEN_PIPE, "");
+            }
             ExitStatus::READ_STDIN => "read from stdin",
             ExitStatus::WRITE_STDOUT => "write to stdout",
             ExitStatus::SEND_ERROR => "write error",

@@ -32,12 +32,12 @@ impl JsonOutput {
     /// # Errors
     /// The file cannot be written, or the descriptor is not open.
     pub(crate) fn open(value: Option<&str>) -> CliResult<Self> {
-        let Some(text) = value else { return Ok(Self::Disabled) };
-        match text {
-            text if text == OPTIONAL_VALUE.1 => return Ok(Self::Stderr),
-            "-" => return Err(CliError::usage("--json=-: stdout is for data (use --json for stderr, or a file)")),
-            _ => {}
-        }
+        let text = match value {
+            None => return Ok(Self::Disabled),
+            Some(text) if text == OPTIONAL_VALUE.1 => return Ok(Self::Stderr),
+            Some(text) => text,
+        };
+        CliError::usage_if(text == "-", "--json=-: stdout is for data (use --json for stderr, or a file)")?;
         let file_error = |status| move |error: io::Error| CliError::new(status, format!("--json={text}: {error}"));
         let file = match descriptor::fd_number(text) {
             Some(number) => descriptor::take_fd(number).map_err(file_error(ExitStatus::USAGE))?,

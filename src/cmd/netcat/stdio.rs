@@ -131,6 +131,7 @@ impl StdioEnd {
     }
 }
 
+#[derive(Default)]
 pub(super) struct StdioStream {
     /// `None`: reads never complete.
     input: Option<StdioEnd>,
@@ -151,18 +152,14 @@ impl StdioStream {
         let stdout = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
         let input = stdin.map(|fd| StdioEnd::from_shared(fd, false));
         let output = stdout.map(|fd| StdioEnd::from_shared(fd, true));
-        Ok(Self { is_stdout: writes, ..Self::new(input, output, crlf, false) })
+        Ok(Self { input, output, crlf: crlf.then(CrlfEncoder::default), is_stdout: writes, ..Self::default() })
     }
 
     /// Returns the pipes of a child process as a stream.
     pub(super) fn from_child(stdout: OwnedFd, stdin: OwnedFd, crlf: bool) -> io::Result<Self> {
-        let (input, output) = (StdioEnd::from_owned_pipe(stdout)?, StdioEnd::from_owned_pipe(stdin)?);
-        Ok(Self::new(Some(input), Some(output), crlf, true))
-    }
-
-    fn new(input: Option<StdioEnd>, output: Option<StdioEnd>, crlf: bool, ignores_broken_pipe: bool) -> Self {
-        let crlf = crlf.then(CrlfEncoder::default);
-        Self { input, output, crlf, ignores_broken_pipe, has_unflushed: false, is_stdout: false }
+        let (input, output) =
+            (StdioEnd::from_owned_pipe(stdout).map(Some)?, StdioEnd::from_owned_pipe(stdin).map(Some)?);
+        Ok(Self { input, output, crlf: crlf.then(CrlfEncoder::default), ignores_broken_pipe: true, ..Self::default() })
     }
 
     /// Waits until all accepted data is written. An error of the writing thread is reported only here.

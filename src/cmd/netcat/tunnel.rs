@@ -165,24 +165,21 @@ pub(super) fn relay_result(connector: &Connector, outcome: RelayResult, flushed:
         ) => Err(RelayError::Io(RelayOp::WriteClient, error)),
         (outcome, _) => outcome,
     };
-    let io_error = |status, error: &io::Error| Err(connector.io_error(status, error));
-    match outcome {
+    let (status, error) = match outcome {
         // The clients never stop a relay from outside.
-        Ok(_) | Err(RelayError::DstGone | RelayError::Stopped) => Ok(()),
+        Ok(_) | Err(RelayError::DstGone | RelayError::Stopped) => return Ok(()),
         Err(RelayError::IdleTimeout) => {
             let idle = connector.args.max_idle_time().unwrap_or_default();
-            Err(connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
+            return Err(connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")));
         }
-        Err(RelayError::Io(RelayOp::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
-            Err(CliError::new(ExitStatus::BROKEN_PIPE, ""))
-        }
-        Err(RelayError::Io(RelayOp::WriteClient, error)) => io_error(ExitStatus::WRITE_STDOUT, &error),
-        Err(RelayError::Io(RelayOp::ReadClient, error)) => io_error(ExitStatus::READ_STDIN, &error),
+        Err(RelayError::Io(RelayOp::WriteClient, error)) => (ExitStatus::WRITE_STDOUT, error),
+        Err(RelayError::Io(RelayOp::ReadClient, error)) => (ExitStatus::READ_STDIN, error),
         Err(RelayError::Io(RelayOp::WriteDst, error) | RelayError::Undelivered(error)) => {
-            io_error(ExitStatus::SEND_ERROR, &error)
+            (ExitStatus::SEND_ERROR, error)
         }
-        Err(RelayError::Io(RelayOp::ReadDst, error)) => io_error(ExitStatus::RECEIVE_ERROR, &error),
-    }
+        Err(RelayError::Io(RelayOp::ReadDst, error)) => (ExitStatus::RECEIVE_ERROR, error),
+    };
+    Err(connector.io_error(status, &error))
 }
 
 /// Sends the tunnel's socket over stdout, with one byte of data as required (SCM_RIGHTS, unix(7)).
