@@ -8,7 +8,7 @@ FUZZ_TARGETS = proto reassembly rules session handshake protected datagrams
 CARGO = cargo
 BINARY = $(or $(CARGO_TARGET_DIR),target)/release/s5
 
-.PHONY: help build serve check test test-quick test-programs compare-clients bench bench-quick bench-programs soak fuzz torture install clean
+.PHONY: help build serve check test test-quick test-programs compare-clients bench bench-quick bench-programs soak fuzz torture test-system install clean
 
 help:              ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -97,6 +97,12 @@ WITHOUT_NETWORK = unshare --user --map-root-user --net sh -c 'ip link set lo up;
 
 torture: test-programs ## fail each system call of a session once, with each error that it can have; 2 minutes
 	S5_TEST_STRICT=1 RUST_TEST_THREADS=8 $(CARGO) test --locked --test torture -- --ignored
+
+# Programs that only tests/system runs, each with its Debian package.
+SYSTEM_PROGRAMS = haproxy:haproxy
+test-system: test-programs ## run s5 behind HAProxy and other programs, as root; less than 15 minutes
+	@missing=; $(call FIND_MISSING,$(SYSTEM_PROGRAMS)); $(INSTALL_MISSING)
+	S5_TEST_STRICT=1 RUST_TEST_THREADS=1 $(CARGO) test --locked --test system -- --ignored
 
 # Builds only if there is no binary: with sudo, cargo is often not in PATH.
 install: $(BINARY) ## install s5, its manual page and completions to PREFIX (/usr/local)
