@@ -29,6 +29,7 @@ mod session;
 mod session_log;
 mod shared_ports;
 mod shares;
+mod startup;
 mod state;
 mod terminal;
 mod tunnel;
@@ -36,8 +37,6 @@ mod worker;
 
 use std::cell::RefCell;
 use std::io;
-use std::mem::take;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -53,10 +52,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::Receiver;
 
-use crate::client::{Endpoint, Proxy};
-use crate::net::{RelayOptions, canonical, parse_literal};
+use crate::client::Proxy;
+use crate::net::RelayOptions;
 use crate::policy::Policy;
-use crate::proto::Host;
 use counters::COUNTERS;
 use dial_shares::DialShares;
 pub use inherited::InheritedSocket;
@@ -71,6 +69,8 @@ pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
 pub use run_as::RunAs;
 pub use sandbox::close_inherited_descriptors;
+pub use startup::{ServerError, check};
+use startup::{check_open_relay, ipv6_only, open_listeners, prepare};
 use state::Server;
 use terminal::Terminal;
 use worker::{Worker, WorkerPool, WorkerReport};
@@ -84,21 +84,6 @@ const MAX_SPARE_DESCRIPTORS: u64 = 16;
 const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// Upper limit of the default for [`Options::max_connections`].
 const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
-
-/// An error that prevents the start of the server, or ends it.
-#[derive(Debug)]
-pub enum ServerError {
-    /// A failed operation, and its error.
-    Io(String, io::Error),
-    /// A refused configuration: an open relay or a proxy loop.
-    Config(String),
-}
-
-impl ServerError {
-    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
-        |error| Self::Io(what.into(), error)
-    }
-}
 
 /// What a reload replaces: the policy, and the proxies of each hop with their passwords.
 pub type Configuration = (Policy, Vec<Vec<Proxy>>);
@@ -117,22 +102,9 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let default_max_sessions = default_max_sessions(descriptors - dial_descriptors.min(descriptors));
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let listeners = open_listeners(&mut options)?;
-    policy.listen_addrs = listeners.iter().flat_map(Listener::addrs).collect();
-    policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
-    let error = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options));
-    options.outbound_options.clone().set_for_process();
-    let capabilities = sandbox::outbound_capabilities(&options).map_err(ServerError::Config)?;
-    let mut outbound = options.outbound.ips.into_iter().flatten().filter(|ip| !ip.is_unspecified());
-    let outbound = outbound.find_map(|ip| check_outbound(ip).err()).map(|error| format!("--outbound {error}"));
-    if let Some(error) = error.or_else(|| sandbox::check_ports(&options)).or(outbound) {
-        return Err(ServerError::Config(error));
-    }
+    let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(Listener::addrs).collect())?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
-    let has_hop_passwords = options.hops.iter().flat_map(|hop| hop.proxies()).any(|proxy| proxy.credentials.is_some());
     let is_restricted = options.sandbox;
-    // Before the first thread.
-    let log_sandbox = sandbox::enter(&options, capabilities, policy.users.is_some() || has_hop_passwords);
-    let log_sandbox = log_sandbox.map_err(ServerError::io("switch to the user of --run-as"))?;
     // From now on, a reader of stderr that stops reading stops neither sessions nor signals.
     log_queue::start().map_err(ServerError::io("start a thread for the log"))?;
     for addr in ipv6_only(&policy.listen_addrs) {
@@ -187,60 +159,6 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     }
     log_shares::report();
     result
-}
-
-fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, ServerError> {
-    let inherited = take(&mut options.inherited);
-    if !inherited.is_empty() {
-        let inherit = |socket| Listener::inherit(socket).map_err(ServerError::io("use a socket of LISTEN_FDS"));
-        return inherited.into_iter().map(inherit).collect();
-    }
-    let mut listeners = Vec::new();
-    for listen in &options.listen {
-        listeners.extend(listen.bind().map_err(|(addr, error)| {
-            let with_remedy = io::Error::other(format!("{error} (choose another address with --listen)"));
-            ServerError::Io(format!("listen on {addr}"), with_remedy)
-        })?);
-    }
-    Ok(listeners)
-}
-
-/// Returns the wildcard addresses of IPv6 whose port does not accept IPv4: other programs accept both there.
-fn ipv6_only(addrs: &[SocketAddr]) -> impl Iterator<Item = &SocketAddr> {
-    let has_ipv4 = |port| addrs.contains(&SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port));
-    addrs.iter().filter(move |addr| addr.ip() == Ipv6Addr::UNSPECIFIED && !has_ipv4(addr.port()))
-}
-
-/// Returns an error with remedies if the server would be an open relay, unless the options allow that.
-fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
-    let addr = policy.listen_addrs.iter().find(|addr| !addr.ip().is_loopback())?;
-    (policy.is_open_relay() && !options.allow_open_relay).then(|| {
-        let has_from = policy.rules.has_from_condition();
-        let clients = if has_from { " for clients that match no from= rule" } else { "" };
-        format!(
-            "refusing to listen on {addr} without access control{clients}: \
-             use --users FILE, or --allow from=CIDR, or --allow-open-relay to run an open relay"
-        )
-    })
-}
-
-/// Returns an error if the first proxy of a hop is this server: one request would use up all of its sessions.
-fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
-    let is_this_server = |hop: &&Arc<Hop>| {
-        let proxies = hop.proxies();
-        let Some(Endpoint::Tcp(addr)) = proxies.first().map(|proxy| &proxy.endpoint) else { return false };
-        let ips = match &addr.host {
-            Host::Ip(ip) => vec![*ip],
-            Host::Name(name) if name.as_str().eq_ignore_ascii_case("localhost") => {
-                vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
-            }
-            Host::Name(name) => parse_literal(name.as_str()).into_iter().collect(),
-        };
-        ips.into_iter().any(|ip| policy.is_own_listener(canonical(ip, addr.port), is_local))
-    };
-    let hop = options.hops.iter().find(is_this_server)?;
-    let proxy = hop.proxies().first().map(ToString::to_string).unwrap_or_default();
-    Some(format!("hop {}: proxy {proxy} is this server itself (choose another)", hop.name))
 }
 
 /// Applies a configuration that was loaded again, and rechecks all sessions. Keeps the current configuration if

@@ -172,6 +172,11 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "REQUEST")]
     explain: Option<String>,
 
+    /// check options and files as at a start, then exit. s5 opens no port. The exit status is that of a start that fails,
+    /// or 0.
+    #[argh(switch)]
+    check: bool,
+
     /// serve other hosts without login or rules. This is an open relay: all hosts that reach the server can use it.
     #[argh(switch)]
     allow_open_relay: bool,
@@ -265,10 +270,19 @@ pub struct ServeArgs {
     quiet: bool,
 }
 
+/// Prints the result of an action, unless `--quiet` is set.
+fn report(is_quiet: bool, text: String) -> CliResult {
+    if !is_quiet {
+        eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, text)));
+    }
+    Ok(())
+}
+
 impl ServeArgs {
     pub(super) fn log_level(&self) -> LevelFilter {
         match (self.quiet, self.verbose) {
             (true, _) => LevelFilter::Warn,
+            (false, 0) if self.check => LevelFilter::Warn,
             (false, 0) => LevelFilter::Info,
             (false, 1) => LevelFilter::Debug,
             (false, _) => LevelFilter::Trace,
@@ -282,8 +296,8 @@ impl ServeArgs {
             }
             (None, Some(_), None) => return Err(CliError::usage("--add-user requires --users FILE")),
             (None, None, Some(_)) => return Err(CliError::usage("--remove-user requires --users FILE")),
-            (Some(file), Some(name), None) => return self.report(users::add_user(file, name)?),
-            (Some(file), None, Some(name)) => return self.report(users::remove_user(file, name)?),
+            (Some(file), Some(name), None) => return report(self.quiet, users::add_user(file, name)?),
+            (Some(file), None, Some(name)) => return report(self.quiet, users::remove_user(file, name)?),
             (_, None, None) => {}
         }
         let methods = self.accepted_methods()?;
@@ -300,6 +314,7 @@ impl ServeArgs {
         let hops = sources.hops.names().into_iter().zip(proxies).map(|(name, proxies)| Hop::new(name, proxies).into());
         let hops = hops.collect();
         let (request, show_rules) = (self.explain.take(), self.show_rules);
+        let (is_check, is_quiet) = (self.check, self.quiet);
         let mut options = self.options(&policy, hops, sources.files().map(Into::into).collect())?;
         options.inherited = inherited;
         if show_rules {
@@ -309,18 +324,12 @@ impl ServeArgs {
             return explain::explain(policy, &options, &request);
         }
         let reload = || sources.reload().map_err(|error| error.message);
-        server::run(options, policy, &reload).map_err(|error| match error {
+        let ended = if is_check { server::check(options, policy) } else { server::run(options, policy, &reload) };
+        ended.map_err(|error| match error {
             ServerError::Io(operation, error) => CliError::new(ExitStatus::FAILURE, format!("{operation}: {error}")),
             ServerError::Config(message) => CliError::new(ExitStatus::USAGE, message),
-        })
-    }
-
-    /// Prints what has changed, unless `--quiet` is set.
-    fn report(&self, change: String) -> CliResult {
-        if !self.quiet {
-            eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, change)));
-        }
-        Ok(())
+        })?;
+        if is_check { report(is_quiet, "check passed: the options and files are valid".into()) } else { Ok(()) }
     }
 
     /// Returns the accepted methods, the preferred one first.

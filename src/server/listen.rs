@@ -86,12 +86,13 @@ impl fmt::Display for ListenAddr {
 }
 
 impl ListenAddr {
-    /// Returns the TCP addresses before they are bound. A name that can't be resolved has none.
+    /// Like [`Self::resolve`]. A name that can't be resolved has none.
     pub fn addrs(&self) -> Vec<SocketAddr> {
         self.resolve().unwrap_or_default()
     }
 
-    fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
+    /// Returns the TCP addresses before they are bound.
+    pub(super) fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
         let both_families = |v4: Ipv4Addr, v6: Ipv6Addr, port| vec![(v4, port).into(), (v6, port).into()];
         Ok(match self {
             Self::Host(Addr { host: Host::Ip(ip), port }) => vec![(*ip, *port).into()],

@@ -1,6 +1,7 @@
 //! The server, end to end: listening, the handshake, logins, the connection limit, the session log and shutdown.
 
 mod activation;
+mod check;
 mod connection_limit;
 mod handshake;
 mod listen;

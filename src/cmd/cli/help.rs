@@ -26,8 +26,15 @@ const GROUPS: [(&str, &str); 11] = [
 ];
 
 /// Options that only the manual has, so that the help fits on two screens: few users need them.
-const ONLY_IN_MANUAL: [&str; 6] =
-    ["--advertise-bind", "--advertise-udp", "--outbound-interface", "--mark", "--prefer", "--hop-udp-relay"];
+const ONLY_IN_MANUAL: [&str; 7] = [
+    "--advertise-bind",
+    "--advertise-udp",
+    "--outbound-interface",
+    "--mark",
+    "--prefer",
+    "--hop-udp-relay",
+    "--gssapi-protection",
+];
 
 pub(crate) fn text(syntax: &Syntax) -> String {
     let mut out = format!("Usage: {}\n{}\n", syntax.usage(), syntax.description.trim());

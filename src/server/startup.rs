@@ -1,0 +1,118 @@
+//! What precedes the first thread of a server: its listeners, the checks of its configuration, and the sandbox.
+
+use std::io;
+use std::mem::take;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use super::listen::Listener;
+use super::local_addr::{check_outbound, is_local};
+use super::options::{Hop, Options};
+use super::sandbox;
+use crate::client::Endpoint;
+use crate::net::{canonical, parse_literal};
+use crate::policy::Policy;
+use crate::proto::Host;
+
+/// An error that prevents the start of the server, or ends it.
+#[derive(Debug)]
+pub enum ServerError {
+    /// A failed operation, and its error.
+    Io(String, io::Error),
+    /// A refused configuration: an open relay or a proxy loop.
+    Config(String),
+}
+
+impl ServerError {
+    pub(super) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        |error| Self::Io(what.into(), error)
+    }
+}
+
+/// Checks what [`run`](super::run) checks, and enters the same sandbox, but opens no port.
+pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError> {
+    let inherited = if options.inherited.is_empty() { Vec::new() } else { open_listeners(&mut options)? };
+    let mut addrs: Vec<SocketAddr> = inherited.iter().flat_map(Listener::addrs).collect();
+    for listen in options.listen.iter().filter(|_| inherited.is_empty()) {
+        addrs.extend(listen.resolve().map_err(ServerError::io(format!("listen on {listen}")))?);
+    }
+    prepare(&mut policy, &options, addrs).map(|log_sandbox| log_sandbox())
+}
+
+/// Checks the configuration of a server with these addresses, and enters the sandbox. Returns a function that logs what is
+/// in force there.
+pub(super) fn prepare(
+    policy: &mut Policy,
+    options: &Options,
+    addrs: Vec<SocketAddr>,
+) -> Result<impl FnOnce() + use<>, ServerError> {
+    policy.listen_addrs = addrs;
+    policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
+    let error = check_open_relay(policy, options).or_else(|| check_proxy_loop(policy, options));
+    options.outbound_options.clone().set_for_process();
+    let capabilities = sandbox::outbound_capabilities(options).map_err(ServerError::Config)?;
+    let mut outbound = options.outbound.ips.into_iter().flatten().filter(|ip| !ip.is_unspecified());
+    let outbound = outbound.find_map(|ip| check_outbound(ip).err()).map(|error| format!("--outbound {error}"));
+    if let Some(error) = error.or_else(|| sandbox::check_ports(options)).or(outbound) {
+        return Err(ServerError::Config(error));
+    }
+    let has_hop_passwords = options.hops.iter().flat_map(|hop| hop.proxies()).any(|proxy| proxy.credentials.is_some());
+    // Before the first thread.
+    sandbox::enter(options, capabilities, policy.users.is_some() || has_hop_passwords)
+        .map_err(ServerError::io("switch to the user of --run-as"))
+}
+
+/// Opens the sockets of the options.
+pub(super) fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, ServerError> {
+    let inherited = take(&mut options.inherited);
+    if !inherited.is_empty() {
+        let inherit = |socket| Listener::inherit(socket).map_err(ServerError::io("use a socket of LISTEN_FDS"));
+        return inherited.into_iter().map(inherit).collect();
+    }
+    let mut listeners = Vec::new();
+    for listen in &options.listen {
+        listeners.extend(listen.bind().map_err(|(addr, error)| {
+            let with_remedy = io::Error::other(format!("{error} (choose another address with --listen)"));
+            ServerError::Io(format!("listen on {addr}"), with_remedy)
+        })?);
+    }
+    Ok(listeners)
+}
+
+/// Returns the wildcard addresses of IPv6 whose port does not accept IPv4: other programs accept both there.
+pub(super) fn ipv6_only(addrs: &[SocketAddr]) -> impl Iterator<Item = &SocketAddr> {
+    let has_ipv4 = |port| addrs.contains(&SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port));
+    addrs.iter().filter(move |addr| addr.ip() == Ipv6Addr::UNSPECIFIED && !has_ipv4(addr.port()))
+}
+
+/// Returns an error with remedies if the server would be an open relay, unless the options allow that.
+pub(super) fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
+    let addr = policy.listen_addrs.iter().find(|addr| !addr.ip().is_loopback())?;
+    (policy.is_open_relay() && !options.allow_open_relay).then(|| {
+        let has_from = policy.rules.has_from_condition();
+        let clients = if has_from { " for clients that match no from= rule" } else { "" };
+        format!(
+            "refusing to listen on {addr} without access control{clients}: \
+             use --users FILE, or --allow from=CIDR, or --allow-open-relay to run an open relay"
+        )
+    })
+}
+
+/// Returns an error if the first proxy of a hop is this server: one request would use up all of its sessions.
+fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
+    let is_this_server = |hop: &&Arc<Hop>| {
+        let proxies = hop.proxies();
+        let Some(Endpoint::Tcp(addr)) = proxies.first().map(|proxy| &proxy.endpoint) else { return false };
+        let ips = match &addr.host {
+            Host::Ip(ip) => vec![*ip],
+            Host::Name(name) if name.as_str().eq_ignore_ascii_case("localhost") => {
+                vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
+            }
+            Host::Name(name) => parse_literal(name.as_str()).into_iter().collect(),
+        };
+        ips.into_iter().any(|ip| policy.is_own_listener(canonical(ip, addr.port), is_local))
+    };
+    let hop = options.hops.iter().find(is_this_server)?;
+    let proxy = hop.proxies().first().map(ToString::to_string).unwrap_or_default();
+    Some(format!("hop {}: proxy {proxy} is this server itself (choose another)", hop.name))
+}

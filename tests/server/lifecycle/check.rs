@@ -1,0 +1,59 @@
+//! `s5 serve --check`.
+
+use crate::*;
+
+fn check(args: &str) -> Output {
+    run(s5().args(["serve", "--check"]).args(args.split_whitespace()), b"", TIMEOUT)
+}
+
+#[test]
+fn check_of_a_valid_configuration_prints_one_line_and_opens_no_port() {
+    let (dir, server) = (temp_dir(), Server::start(&[]));
+    let users = write_file(dir.path(), "users", "");
+    let rules = write_file(dir.path(), "rules", "allow from=loopback\n");
+    let socket = dir.path().join("s5.sock");
+    // A server that is running has the port.
+    let args = format!(
+        "--listen {} --listen unix:{} --listen *:1080 --users {users} --rules {rules}",
+        server.addr(),
+        socket.display()
+    );
+    let output = check(&args);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(output.stdout.is_empty());
+    // The other line is about the empty users file.
+    let (stderr, warning) = (text(&output.stderr), "no users, so every login is refused");
+    assert!(
+        stderr.contains(warning) && stderr.ends_with("\ns5: check passed: the options and files are valid\n"),
+        "{stderr}"
+    );
+    assert!(stderr.lines().count() == 2 && !socket.exists(), "{stderr}");
+    assert_eq!(text(&check("--listen 0").stderr), "s5: check passed: the options and files are valid\n");
+    assert_eq!(text(&check("--listen 0 -q").stderr), "");
+}
+
+#[test]
+fn check_fails_like_a_start() {
+    let dir = temp_dir();
+    let file = |name, text| write_file(dir.path(), name, text);
+    let (rules, users, keytab) = (file("rules", "allow\nalow\n"), file("users", "alice\n"), file("keytab", ""));
+    let mut table = vec![
+        (2, format!("--rules {rules}"), "rules: line 2: "),
+        (2, format!("--users {users}"), "users: line 1: "),
+        (2, "--users /nonexistent".to_owned(), "--users /nonexistent: no such file"),
+        (2, format!("--keytab {keytab}"), "keytab: "),
+        (2, "--listen *:0".into(), "refusing to listen on 0.0.0.0:"),
+        (2, "--listen 127.0.0.1:1080 --via 127.0.0.1:1080".into(), "is this server itself"),
+        (2, "--via alice@127.0.0.1:1".into(), "no password"),
+        (2, "--bind-ports 1-10".into(), "--bind-ports: the server may not use ports below"),
+        (2, "--no-such-option".into(), "--no-such-option"),
+        (1, "--listen nonexistent.invalid:1080".into(), "listen on nonexistent.invalid:1080: "),
+    ];
+    if !rustix::process::geteuid().is_root() {
+        table.push((1, "--run-as 1:1".into(), "switch to the user of --run-as: "));
+    }
+    for (status, args, word) in table {
+        assert_fails_with(&check(&args), status, &[word]);
+        assert_fails_with(&run(s5().arg("serve").args(args.split_whitespace()), b"", TIMEOUT), status, &[word]);
+    }
+}
