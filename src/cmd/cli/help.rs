@@ -33,7 +33,7 @@ const ONLY_IN_MANUAL: [&str; 7] = [
     "--mark",
     "--prefer",
     "--hop-udp-relay",
-    "--gssapi-protection",
+    "--rate-per-user",
 ];
 
 pub(crate) fn text(syntax: &Syntax) -> String {
