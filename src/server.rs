@@ -19,6 +19,7 @@ mod log_queue;
 mod log_shares;
 mod login_throttle;
 mod logins;
+mod notify;
 mod options;
 mod passwords;
 mod policy_handle;
@@ -65,6 +66,7 @@ pub use local_addr::{check_outbound, is_local};
 pub use log_queue::{eprint_line, flush};
 pub use log_shares::{LOGFMT_TARGET, admits_detail, current_session};
 use logins::Logins;
+use notify::Notifier;
 pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
 pub use run_as::RunAs;
@@ -101,6 +103,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let (dial_shares, dial_descriptors) = DialShares::new(descriptors);
     let default_max_sessions = default_max_sessions(descriptors - dial_descriptors.min(descriptors));
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
+    let notifier = Notifier::connect();
     let listeners = open_listeners(&mut options)?;
     let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(Listener::addrs).collect())?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
@@ -137,9 +140,11 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         log::info!("listening on {addr}");
     }
     log_sandbox();
+    notifier.ready();
     // From now on, only the accept loops and the sessions keep the server alive.
     let server = Arc::downgrade(&{ server });
     let reload = async || {
+        notifier.reloading();
         // Sessions can have all other descriptors.
         spare.take();
         let loaded = load();
@@ -148,8 +153,14 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         }
         spare.replace(spare_descriptors(descriptors));
         reload(&server, loaded).await;
+        notifier.ready();
     };
-    let result = smol::block_on(run_until_shutdown(signals, &terminal, &server, drain, reports, reload));
+    let stop_accepting = || {
+        notifier.stopping(drain);
+        server.upgrade().into_iter().for_each(|server| server.workers.stop_accepting());
+    };
+    let ended = run_until_shutdown(signals, &terminal, drain, reports, reload, stop_accepting);
+    let result = smol::block_on(ended.or(notifier.run(&server)));
     if let Some(server) = server.upgrade() {
         server.workers.stop();
     }
@@ -236,10 +247,10 @@ fn spare_descriptors(limit: u64) -> Vec<OwnedFd> {
 async fn run_until_shutdown(
     mut signals: Signals,
     terminal: &Terminal,
-    server: &Weak<Server>,
     drain: Duration,
     reports: Receiver<WorkerReport>,
     reload: impl AsyncFn(),
+    stop_accepting: impl FnOnce(),
 ) -> Result<(), ServerError> {
     let end_signal = async {
         wait_end_signal(&mut signals, async || {
@@ -261,9 +272,7 @@ async fn run_until_shutdown(
         std::future::pending().await
     };
     end_signal.or(worker_error).await?;
-    if let Some(server) = server.upgrade() {
-        server.workers.stop_accepting();
-    }
+    stop_accepting();
     log::info!("shutting down: draining sessions for up to {drain:?}");
     let drained = async {
         while !matches!(reports.recv().await, Ok(WorkerReport::AllEnded) | Err(_)) {}

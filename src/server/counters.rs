@@ -1,7 +1,10 @@
 //! Counts of sessions and bytes since the start, which SIGUSR1 logs. A process has one server, so there is one set.
 
 use std::fmt;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use smol::channel::{Receiver, Sender, bounded};
 
 use super::free_memory::FREE_MEMORY;
 use crate::net::ByteCounts;
@@ -19,6 +22,8 @@ pub(super) struct Counters {
     /// Requests with any other failure reply.
     failed: AtomicU64,
     failed_logins: AtomicU64,
+    /// Set if [`Counters::changes`] is used: receives a message when a session begins or ends, unless one waits.
+    changed: OnceLock<Sender<()>>,
     /// Bytes of sessions that have ended.
     bytes: ByteCounts,
 }
@@ -28,19 +33,22 @@ impl Counters {
         let [sessions, ended_sessions, associations, refused] = [const { AtomicU64::new(0) }; 4];
         let [failed, failed_logins, up, down] = [const { AtomicU64::new(0) }; 4];
         let bytes = ByteCounts { up, down };
-        Self { sessions, ended_sessions, associations, refused, failed, failed_logins, bytes }
+        Self { sessions, ended_sessions, associations, refused, failed, failed_logins, changed: OnceLock::new(), bytes }
     }
 
     /// Counts a new session. Returns its number; after 2^32 sessions, the numbers repeat.
     pub(super) fn next_session(&self) -> u32 {
         FREE_MEMORY.count_session();
-        (self.sessions.fetch_add(1, Relaxed) + 1) as u32
+        let number = self.sessions.fetch_add(1, Relaxed) + 1;
+        self.report_change();
+        number as u32
     }
 
     /// Counts the end of a session, with the REP of its last reply.
     pub(super) fn count_end(&self, rep: Option<Rep>, bytes: &ByteCounts) {
         FREE_MEMORY.count_end();
         self.ended_sessions.fetch_add(1, Relaxed);
+        self.report_change();
         self.bytes.up.fetch_add(bytes.up.load(Relaxed), Relaxed);
         self.bytes.down.fetch_add(bytes.down.load(Relaxed), Relaxed);
         let outcome = match rep {
@@ -58,6 +66,27 @@ impl Counters {
     /// Counts a connection that is closed at accept.
     pub(super) fn count_refused(&self) {
         self.refused.fetch_add(1, Relaxed);
+    }
+
+    /// Returns a channel that has a message if sessions have begun or ended since the last one was received.
+    pub(super) fn changes(&self) -> Receiver<()> {
+        let (changed, changes) = bounded(1);
+        let _ = self.changed.set(changed);
+        changes
+    }
+
+    fn report_change(&self) {
+        if let Some(changed) = self.changed.get() {
+            let _ = changed.try_send(());
+        }
+    }
+
+    /// Returns the numbers of sessions for the service manager.
+    pub(super) fn summary(&self) -> String {
+        // First, so that the difference is not negative.
+        let ended = self.ended_sessions.load(Relaxed);
+        let sessions = self.sessions.load(Relaxed);
+        format!("{} sessions open, {sessions} since the start", sessions.saturating_sub(ended))
     }
 
     /// Counts an association until the result is dropped.

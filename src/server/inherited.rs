@@ -67,7 +67,8 @@ fn names(count: usize) -> Result<Vec<String>, String> {
     }
 }
 
-fn number<T: FromStr<Err: fmt::Display>>(name: &str) -> Result<Option<T>, String> {
+/// Returns the value of an environment variable.
+pub(super) fn number<T: FromStr<Err: fmt::Display>>(name: &str) -> Result<Option<T>, String> {
     let parse = |text: String| text.parse().map_err(|_| format!("{name}: expected a number, found {text:?}"));
     variable(name)?.map(parse).transpose()
 }

@@ -127,12 +127,22 @@ impl WorkerPool {
 
     /// Wakes all tasks that wait for sockets. Returns when all of them have been polled.
     pub(super) async fn wake_all(&self) {
+        self.run_on_all(reactor::wake_all).await;
+    }
+
+    /// Returns when each worker has run a task.
+    pub(super) async fn wait_for_all(&self) {
+        self.run_on_all(|| {}).await;
+    }
+
+    /// Runs `call` in a task of each worker. Returns when all tasks have run that were woken by then.
+    async fn run_on_all(&self, call: fn()) {
         let (done, all_done) = channel::bounded::<Infallible>(1);
         for worker in &self.workers {
             let done = done.clone();
             worker.send(move || {
-                spawn_boxed(async move {
-                    reactor::wake_all();
+                spawn(async move {
+                    call();
                     // Tasks run in the order of their wake-ups, so this one continues after all of them.
                     smol::future::yield_now().await;
                     drop(done);

@@ -6,6 +6,7 @@ mod connection_limit;
 mod handshake;
 mod listen;
 mod log_lines;
+mod notify;
 mod passwords;
 mod sandbox;
 mod session_log;

@@ -1,0 +1,140 @@
+//! Reports to the service manager: see sd_notify(3). A process without NOTIFY_SOCKET reports nothing, and never wakes up
+//! for it.
+//!
+//! The socket is connected before the sandbox is entered, which allows no new connections to abstract sockets.
+
+use std::cell::Cell;
+use std::env;
+use std::ffi::OsStr;
+use std::fmt::Display;
+use std::future::pending;
+use std::io;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::Weak;
+use std::time::Duration;
+
+use futures_lite::FutureExt as _;
+use rustix::time::{ClockId, clock_gettime};
+use smol::Timer;
+
+use super::counters::COUNTERS;
+use super::inherited::number;
+use super::state::Server;
+
+/// Minimum time between two reports of the number of sessions.
+const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+/// Time limit of a report, if the service manager does not read.
+const SEND_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time from the end of the drain time to the exit, at most.
+const EXIT_TIME: Duration = Duration::from_secs(10);
+
+pub(super) struct Notifier {
+    socket: Option<UnixDatagram>,
+    /// Set when a report has failed, which is logged once.
+    has_failed: Cell<bool>,
+    /// Time between two reports to the watchdog, if it is enabled.
+    watchdog: Option<Duration>,
+    is_draining: Cell<bool>,
+}
+
+impl Notifier {
+    pub(super) fn connect() -> Self {
+        let name = env::var_os("NOTIFY_SOCKET");
+        let socket = name.and_then(|name| connect(&name).map_err(warn).ok());
+        let watchdog = watchdog_interval().unwrap_or_else(|error| {
+            log::warn!("{error} (the watchdog is not used)");
+            None
+        });
+        Self { socket, has_failed: Cell::new(false), watchdog, is_draining: Cell::new(false) }
+    }
+
+    /// Reports that the server accepts connections and has loaded its files.
+    pub(super) fn ready(&self) {
+        self.send(&format!("READY=1\n{}", self.status()));
+    }
+
+    /// Reports that a reload begins.
+    pub(super) fn reloading(&self) {
+        let time = clock_gettime(ClockId::Monotonic);
+        self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", time.tv_sec * 1_000_000 + time.tv_nsec / 1000));
+    }
+
+    /// Reports that the server accepts no more connections, and ends after `drain` at the latest.
+    pub(super) fn stopping(&self, drain: Duration) {
+        self.is_draining.set(true);
+        let limit = drain.saturating_add(EXIT_TIME).as_micros();
+        self.send(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={limit}\n{}", self.status()));
+    }
+
+    /// Reports the number of sessions and feeds the watchdog.
+    pub(super) async fn run<T>(&self, server: &Weak<Server>) -> T {
+        if self.socket.is_none() {
+            return pending().await;
+        }
+        self.feed_watchdog(server).or(self.report_sessions()).await
+    }
+
+    async fn feed_watchdog<T>(&self, server: &Weak<Server>) -> T {
+        let Some(interval) = self.watchdog else { return pending().await };
+        loop {
+            Timer::after(interval).await;
+            if let Some(server) = server.upgrade() {
+                // Does not return if a worker is stuck.
+                server.workers.wait_for_all().await;
+            }
+            self.send("WATCHDOG=1");
+        }
+    }
+
+    async fn report_sessions<T>(&self) -> T {
+        let changes = COUNTERS.changes();
+        let mut last = String::new();
+        while changes.recv().await.is_ok() {
+            let status = self.status();
+            if status != last {
+                self.send(&status);
+                last = status;
+            }
+            Timer::after(STATUS_INTERVAL).await;
+        }
+        pending().await
+    }
+
+    fn status(&self) -> String {
+        let state = if self.is_draining.get() { "draining" } else { "serving" };
+        format!("STATUS={state}: {}", COUNTERS.summary())
+    }
+
+    fn send(&self, report: &str) {
+        if let Some(Err(error)) = self.socket.as_ref().map(|socket| socket.send(report.as_bytes()))
+            && !self.has_failed.replace(true)
+        {
+            warn(error);
+        }
+    }
+}
+
+fn warn(error: impl Display) {
+    log::warn!("NOTIFY_SOCKET: {error} (the service manager gets no reports)");
+}
+
+fn connect(name: &OsStr) -> io::Result<UnixDatagram> {
+    let addr = match name.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        [b'/', ..] => SocketAddr::from_pathname(name)?,
+        _ => return Err(io::Error::other("expected a path or an abstract name (@NAME)")),
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&addr)?;
+    socket.set_write_timeout(Some(SEND_TIMEOUT))?;
+    Ok(socket)
+}
+
+/// Returns half of the time after which the service manager regards the server as stuck.
+fn watchdog_interval() -> Result<Option<Duration>, String> {
+    let is_other = number("WATCHDOG_PID")?.is_some_and(|pid: u32| pid != std::process::id());
+    let limit = number("WATCHDOG_USEC")?.filter(|limit| *limit > 0 && !is_other);
+    Ok(limit.map(|limit| Duration::from_micros(limit) / 2))
+}
