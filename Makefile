@@ -4,7 +4,7 @@ PREFIX = /usr/local
 ROOT = $(DESTDIR)$(PREFIX)
 LISTEN = 1080
 FUZZ_SECONDS = 30
-FUZZ_TARGETS = proto reassembly rules session handshake protected datagrams
+FUZZ_TARGETS = proto reassembly rules session handshake protected datagrams proxy_header
 CARGO = cargo
 BINARY = $(or $(CARGO_TARGET_DIR),target)/release/s5
 
@@ -45,7 +45,8 @@ PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd
            strace:strace prlimit:util-linux script:bsdutils ss:iproute2 mount:mount fail2ban-regex:fail2ban \
            krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user valgrind:valgrind \
            connect-proxy:connect-proxy dig:bind9-dnsutils unbound:unbound rsync:rsync man:man-db groff:groff-base mandoc:mandoc \
-           bash:bash zsh:zsh fish:fish nft:nftables systemd-socket-activate:systemd systemd-analyze:systemd
+           bash:bash zsh:zsh fish:fish nft:nftables systemd-socket-activate:systemd systemd-analyze:systemd \
+           haproxy:haproxy
 test-programs:     ## install the programs that the tests need (Debian, as root or with sudo)
 	@echo 'one test downloads the Python package pycurl into a temporary directory'
 	@missing=; $(call FIND_MISSING,$(PROGRAMS)); \

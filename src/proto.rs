@@ -1,4 +1,5 @@
-//! Encoding and decoding of the messages of RFC 1928 (SOCKS5), RFC 1929 (username/password) and RFC 1961 (GSSAPI).
+//! Encoding and decoding of the messages of RFC 1928 (SOCKS5), RFC 1929 (username/password) and RFC 1961 (GSSAPI),
+//! and of the header of the PROXY protocol.
 //!
 //! A decoder takes the bytes received so far. It returns the message, an error, or how many more bytes certainly
 //! belong to the message, so that its caller never reads past the message. Everything here is pure: no I/O, no clock
@@ -10,6 +11,7 @@ mod addr;
 mod codec;
 mod codes;
 mod gssapi;
+mod proxy_header;
 
 use std::fmt;
 
@@ -21,6 +23,7 @@ pub use codec::{
 };
 pub use codes::{Command, Method, OtherProtocol, Rep};
 pub use gssapi::{FRAME_HEADER_LEN, Frame, ProtectionLevel};
+pub use proxy_header::ProxyHeader;
 
 /// The conventional TCP port of a SOCKS server (RFC 1928 section 3).
 pub const DEFAULT_PORT: u16 = 1080;

@@ -23,6 +23,7 @@ mod notify;
 mod options;
 mod passwords;
 mod policy_handle;
+mod proxy_protocol;
 mod reply;
 mod run_as;
 mod sandbox;

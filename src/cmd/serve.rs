@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use argh::{ArgsInfo, FromArgs};
+use ipnet::IpNet;
 use log::LevelFilter;
 
 use super::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
@@ -29,7 +30,8 @@ use crate::server::{self, Filtering, Hop, InheritedSocket, ListenAddr, Options, 
 use hops::HopSources;
 use load::{PolicySources, RuleOption};
 use values::{
-    default_threads, one_per_family, parse_allow, parse_deny, parse_family, parse_filtering, parse_mark, parse_rule,
+    default_threads, one_per_family, parse_allow, parse_balancers, parse_deny, parse_family, parse_filtering,
+    parse_mark, parse_rule,
 };
 
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
@@ -95,6 +97,12 @@ pub struct ServeArgs {
     /// The first datagram from a new port of a client address belongs to its oldest association without a port.
     #[argh(option, arg_name = "PORTS")]
     udp_ports: Option<PortRange>,
+
+    /// read client addresses that these balancers send. CIDR is a comma-separated list of CIDR blocks, addresses, and
+    /// unix for all clients of Unix sockets. Each connection from there must begin with a header of the PROXY protocol,
+    /// as HAProxy sends it with send-proxy or send-proxy-v2. Other connections never have one. See LOAD BALANCERS.
+    #[argh(option, arg_name = "CIDR", from_str_fn(parse_balancers))]
+    proxy_protocol_from: Option<Vec<Option<IpNet>>>,
 
     /// number of worker threads [default: one per core]
     #[argh(option, arg_name = "N", from_str_fn(parse_nonzero))]
@@ -421,6 +429,7 @@ impl ServeArgs {
             bind_ports: self.bind_ports,
             udp_ports: self.udp_ports,
             udp_filtering: self.udp_filtering,
+            proxy_protocol_from: self.proxy_protocol_from.unwrap_or_default(),
             gssapi_acceptor: acceptor.transpose()?,
             hop_options: hop_options.into(),
             hops,

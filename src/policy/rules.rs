@@ -14,7 +14,7 @@ pub use conditions::{AccessRequest, Identity, Route, UserPattern, embedded_ipv4,
 use conditions::{ClientPattern, Conditions, Match, TargetPattern, embedded_addrs, is_always_embedding};
 use groups::{Groups, Search};
 use parse::parse_target;
-pub use parse::{decode_user, parse_rule, parse_rules};
+pub use parse::{decode_user, parse_cidr, parse_rule, parse_rules};
 pub use rule::Rule;
 use rule::TargetCondition;
 

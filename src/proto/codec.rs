@@ -40,6 +40,8 @@ pub enum ProtocolError {
     InvalidHostName,
     /// A datagram ends within its header.
     TruncatedHeader,
+    /// Not a header of the PROXY protocol, or not one that is supported, for this reason.
+    ProxyHeader(&'static str),
 }
 
 impl ProtocolError {
@@ -66,6 +68,7 @@ impl fmt::Display for ProtocolError {
             Self::AddressType(a) => write!(f, "unknown address type {a}"),
             Self::InvalidHostName => write!(f, "invalid host name"),
             Self::TruncatedHeader => write!(f, "truncated datagram header"),
+            Self::ProxyHeader(reason) => write!(f, "invalid PROXY header: {reason}"),
         }
     }
 }

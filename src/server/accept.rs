@@ -10,14 +10,11 @@ use std::sync::Arc;
 use futures_lite::FutureExt as _;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::counters::COUNTERS;
 use super::handshakes::HandshakeGuard;
 use super::limiter::warn;
 use super::listen::Listener;
-use super::log_shares::Topic;
 use super::session;
-use super::session_log::request_from;
-use super::shares::{ClientKey, ShareGuard};
+use super::shares::ShareGuard;
 use super::state::{Server, Session};
 use super::worker::{self, WorkerReport, panic_error};
 use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
@@ -74,21 +71,19 @@ impl AcceptLoop {
         }
     }
 
-    /// Returns the session of a new connection, or `None` if the connection has to be closed.
-    fn admit(&self, client: Option<SocketAddr>, reserved: ShareGuard) -> Option<(Session, HandshakeGuard)> {
-        let ip = client.map(|client| client.ip());
-        let Some(share) = self.server.limiter.admit_client(reserved, ip) else {
-            COUNTERS.count_refused();
-            return None;
-        };
-        let session = Session::new(self.server.clone(), client, share);
-        if let Err(denial) = session.policy.authorize(&request_from(client)) {
-            COUNTERS.count_refused();
-            session.log.set_error_of(Topic::Refused, denial);
+    /// Returns the session of a new connection, or `None` if the connection has to be closed. The client of a load
+    /// balancer is not known yet.
+    fn admit(&self, client: Option<SocketAddr>, mut reserved: ShareGuard) -> Option<(Session, HandshakeGuard)> {
+        let (limiter, is_known) = (&self.server.limiter, !self.server.options.is_balancer(client));
+        if is_known && !limiter.admit_client(&mut reserved, client) {
             return None;
         }
-        session.log.log_start();
-        let handshake = self.server.limiter.handshakes.begin(ClientKey::new(ip));
+        let session = Session::new(self.server.clone(), client, reserved);
+        if is_known && let Err(denial) = session.check_client() {
+            session.log.set_error_of(denial.topic, denial.reason);
+            return None;
+        }
+        let handshake = limiter.handshakes.begin(is_known.then(|| session.log.client_key()));
         Some((session, handshake))
     }
 

@@ -47,7 +47,7 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> 
     let limit_reached = "limit of BIND listeners reached, or of those of one client (see --bind-ports)";
     let share = share.ok_or_else(|| SessionError::general_failure(limit_reached))?;
     let expected = session.cancellable(client, ExpectedPeer::resolve(session, dst)).await?;
-    let control = client.local_addr();
+    let control = session.control_addr(client);
     let outbound = session.server().options.outbound;
     let unavailable = || SessionError::from_dial(DialError::FamilyUnavailable, dst);
     let (peer, ip) = expected.preferred_addr(control, outbound).ok_or_else(unavailable)?;

@@ -1,5 +1,6 @@
 //! The unfinished handshakes: sessions from accept to their requests. At the limit, a new connection ends the oldest
-//! handshake of the client that has most of them. So a flood from one client ends only its own handshakes.
+//! handshake of the client that has most of them. So a flood from one client ends only its own handshakes. Those whose
+//! client is not known yet, behind a load balancer, count as those of one client.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
@@ -18,11 +19,11 @@ pub(super) struct Handshakes {
 #[derive(Default)]
 struct Unfinished {
     /// By number. The waker of the task is set while it waits.
-    handshakes: HashMap<u64, (ClientKey, Option<Waker>)>,
+    handshakes: HashMap<u64, (Option<ClientKey>, Option<Waker>)>,
     /// The numbers of each client, in the order of their start.
-    clients: HashMap<ClientKey, BTreeSet<u64>>,
+    clients: HashMap<Option<ClientKey>, BTreeSet<u64>>,
     /// The clients in the order in which they keep their handshakes: the last one has most of them, or else the oldest.
-    ranks: BTreeSet<(usize, Reverse<u64>, ClientKey)>,
+    ranks: BTreeSet<(usize, Reverse<u64>, Option<ClientKey>)>,
     last_number: u64,
 }
 
@@ -38,8 +39,8 @@ impl Handshakes {
         Self { limit: limit.max(1), unfinished: Arc::default() }
     }
 
-    /// Adds a handshake, after ending another one if there are too many.
-    pub(super) fn begin(&self, client: ClientKey) -> HandshakeGuard {
+    /// Adds a handshake, after ending another one if there are too many. `client` is `None` if it is not known yet.
+    pub(super) fn begin(&self, client: Option<ClientKey>) -> HandshakeGuard {
         let mut unfinished = lock(&self.unfinished);
         let ended = unfinished.end_one_of(self.limit);
         let number = unfinished.begin(client);
@@ -72,7 +73,7 @@ fn lock(unfinished: &Mutex<Unfinished>) -> MutexGuard<'_, Unfinished> {
 }
 
 impl Unfinished {
-    fn begin(&mut self, client: ClientKey) -> u64 {
+    fn begin(&mut self, client: Option<ClientKey>) -> u64 {
         self.last_number += 1;
         let number = self.last_number;
         self.handshakes.insert(number, (client, None));
@@ -93,7 +94,7 @@ impl Unfinished {
     }
 
     /// Changes the numbers of a client, and then its rank.
-    fn change(&mut self, client: ClientKey, change: impl FnOnce(&mut BTreeSet<u64>) -> bool) {
+    fn change(&mut self, client: Option<ClientKey>, change: impl FnOnce(&mut BTreeSet<u64>) -> bool) {
         let numbers = self.clients.entry(client).or_default();
         let rank = |numbers: &BTreeSet<u64>| Some((numbers.len(), Reverse(*numbers.first()?), client));
         rank(numbers).map(|rank| self.ranks.remove(&rank));
@@ -106,6 +107,15 @@ impl Unfinished {
 }
 
 impl HandshakeGuard {
+    /// Counts the handshake against its client, which is known now.
+    pub(super) fn assign(&self, client: ClientKey) {
+        let mut unfinished = lock(&self.unfinished);
+        let Some((counted, _)) = unfinished.handshakes.get_mut(&self.number) else { return };
+        let unknown = counted.replace(client);
+        unfinished.change(unknown, |numbers| numbers.remove(&self.number));
+        unfinished.change(Some(client), |numbers| numbers.insert(self.number));
+    }
+
     /// Waits until the handshake has to end for a new connection.
     pub(super) async fn wait_ended(&self) {
         poll_fn(|cx| self.poll_ended(cx)).await;

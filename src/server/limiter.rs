@@ -1,10 +1,11 @@
 //! Limits of sessions and bytes per second: for the server, a client address, a user or a session.
 
 use std::hash::{Hash, Hasher};
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::counters::COUNTERS;
 use super::handshakes::Handshakes;
 use super::log_shares::{Topic, admit};
 use super::options::{Options, Quotas};
@@ -93,18 +94,20 @@ impl Limiter {
         Some(self.sessions.acquire(None).await)
     }
 
-    /// Counts a new connection against its client. Returns `None` if the client has too many sessions.
-    pub(super) fn admit_client(&self, reserved: ShareGuard, client: Option<IpAddr>) -> Option<ShareGuard> {
+    /// Counts a reserved session against its client. Returns false if the client has too many sessions.
+    pub(super) fn admit_client(&self, reserved: &mut ShareGuard, client: Option<SocketAddr>) -> bool {
         // Clients on Unix sockets have no address for `--max-per-client`.
         if client.is_none() && self.quotas.sessions_per_client.is_some() {
-            return Some(reserved);
+            return true;
         }
-        let admitted = reserved.assign(ClientKey::new(client));
-        if admitted.is_none() {
-            let (client, limit) = (client.map_or("unix".into(), |ip| ip.to_string()), self.sessions_per_client);
+        let is_admitted = reserved.assign(ClientKey::new(client.map(|client| client.ip())));
+        if !is_admitted {
+            COUNTERS.count_refused();
+            let (client, limit) =
+                (client.map_or("unix".into(), |client| client.ip().to_string()), self.sessions_per_client);
             warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)"));
         }
-        admitted
+        is_admitted
     }
 
     /// Counts an association against its client, and its sockets to targets or to a hop.

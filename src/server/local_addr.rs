@@ -43,7 +43,7 @@ pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: SocketAddr) -> i
 }
 
 /// Returns the local address, with port 0, from which this host sends to `target`.
-fn route_source(mut target: SocketAddr) -> io::Result<SocketAddr> {
+pub(super) fn route_source(mut target: SocketAddr) -> io::Result<SocketAddr> {
     // connect(2) on a UDP socket sends nothing, and selects the source address.
     let probe = bind_outbound(SocketAddr::new(unspecified(target.ip()), 0))?;
     target.set_port(9);

@@ -1,9 +1,11 @@
 //! Settings of a server. A reload changes none of them but the passwords of the hops.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
+
+use ipnet::IpNet;
 
 use super::inherited::InheritedSocket;
 use super::listen::ListenAddr;
@@ -46,6 +48,8 @@ pub struct Options {
     pub bind_ports: Option<PortRange>,
     /// Ports for UDP associations. All share a single port. `None`: chosen by the kernel.
     pub udp_ports: Option<PortRange>,
+    /// Load balancers, whose connections begin with a header of the PROXY protocol. `None`: those on Unix sockets.
+    pub proxy_protocol_from: Vec<Option<IpNet>>,
     /// Filter for datagrams to the client of a UDP association.
     pub udp_filtering: Filtering,
     /// Server side of GSSAPI logins.
@@ -69,6 +73,12 @@ pub struct Options {
 }
 
 impl Options {
+    /// Returns whether connections of this client begin with a header. `client` is `None` on a Unix socket.
+    pub(super) fn is_balancer(&self, client: Option<SocketAddr>) -> bool {
+        let is_in = |net: &IpNet| client.is_some_and(|client| net.contains(&client.ip().to_canonical()));
+        self.proxy_protocol_from.iter().any(|net| net.as_ref().map_or(client.is_none(), is_in))
+    }
+
     pub(super) fn uses_kerberos(&self) -> bool {
         self.gssapi_acceptor.is_some() || self.uses_kerberos_tickets()
     }

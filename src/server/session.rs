@@ -22,7 +22,8 @@ use crate::conn::{Conn, DetachedConn, Protection, ReadError};
 use crate::gssapi::GssapiError;
 use crate::net::timeout_at;
 use crate::proto::{
-    Credentials, Frame, Greeting, LoginStatus, Method, MethodSelection, OtherProtocol, ProtocolError, Request,
+    Credentials, Frame, Greeting, LoginStatus, Method, MethodSelection, OtherProtocol, ProtocolError, ProxyHeader,
+    Request,
 };
 
 /// Starts a session on the worker of this thread. One task runs the handshake. Another one runs the tunnel after that,
@@ -33,13 +34,21 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
         Err(error) => return session.log.set_error(error),
     };
     worker::spawn(in_session(session.log.id, session.log.client_key(), async move {
+        let deadline = Instant::now() + session.server().options.handshake_timeout;
+        if session.server().options.is_balancer(session.log.client()) {
+            // Boxed: other clients take no memory for it.
+            let identified = Box::pin(session.identify_client(&mut conn, &handshake, deadline));
+            if let Err(error) = unless_ended(Some(&handshake), identified).await {
+                return session.log.set_error_of(error.topic, error.reason);
+            }
+        }
         let mut handshake = Some(handshake);
-        let result = match unless_ended(&handshake, session.log_in(&mut conn)).await {
+        let result = match unless_ended(handshake.as_ref(), session.log_in(&mut conn, deadline)).await {
             Ok(mut login) => {
                 if let Some(protection) = login.protection.take() {
                     conn = conn.protect(protection);
                 }
-                match unless_ended(&handshake, login.read_request(&session, &mut conn)).await {
+                match unless_ended(handshake.as_ref(), login.read_request(&session, &mut conn)).await {
                     Ok(request) => {
                         handshake = None;
                         session.serve_request(&mut conn, &request, login.is_stream_allowed).await
@@ -63,7 +72,7 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
                         conn.close_gracefully(&error.reply).await;
                         Ok(())
                     };
-                    let _ = unless_ended(&handshake, close).await;
+                    let _ = unless_ended(handshake.as_ref(), close).await;
                 }
             }
         }
@@ -72,7 +81,7 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
 
 /// Runs `work`. Returns an error if the handshake has to end for a new connection.
 async fn unless_ended<T>(
-    handshake: &Option<HandshakeGuard>,
+    handshake: Option<&HandshakeGuard>,
     work: impl Future<Output = SessionResult<T>>,
 ) -> SessionResult<T> {
     let Some(handshake) = handshake else { return work.await };
@@ -106,9 +115,8 @@ impl Authenticated {
 }
 
 impl Session {
-    /// Selects a method and authenticates the client, within the handshake timeout.
-    async fn log_in(&mut self, conn: &mut Conn) -> SessionResult<Authenticated> {
-        let deadline = Instant::now() + self.server().options.handshake_timeout;
+    /// Selects a method and authenticates the client until `deadline`.
+    async fn log_in(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
         let has_sent = Cell::new(false);
         let selected = timeout_at(deadline, self.select_method(conn, || has_sent.set(true))).await;
         let selected = selected.unwrap_or_else(|| Err(self.timed_out()));
@@ -150,7 +158,12 @@ impl Session {
 
     async fn select_method(&self, conn: &mut Conn, on_receipt: impl Fn()) -> SessionResult<Method> {
         let greeting = conn.read_message_with(on_receipt).await;
-        let greeting: Greeting = greeting.map_err(|error| read_error(error, greeting_error))?;
+        let greeting: Greeting = greeting.map_err(|error| match error {
+            ReadError::Protocol(_, bytes) if ProxyHeader::is_start(&bytes) => SessionError::silent(
+                "PROXY header, but not from a load balancer of --proxy-protocol-from (add its address there)",
+            ),
+            error => read_error(error, greeting_error),
+        })?;
         let selected = self.policy.policy.select_method(&greeting.methods);
         self.log.log_methods(&greeting.methods, selected);
         let Some(method) = selected else {

@@ -48,15 +48,23 @@ pub(super) struct SessionLog {
     bnd: Option<AddrPort>,
     /// Number of targets of an association.
     targets: Cell<u32>,
-    /// The names of all hops that were used, separated by commas.
-    #[allow(clippy::box_collection, reason = "one pointer, because most sessions have no hop")]
-    via: Option<Box<String>>,
+    /// Boxed, because most sessions have none.
+    path: Option<Box<Path>>,
     pub(super) rep: Option<Rep>,
     /// Generation of the policy that the session was last checked with.
     pub(super) policy_generation: Cell<u32>,
     pub(super) bytes: ByteCounts,
     /// Boxed, because most sessions have no error.
     error: OnceCell<Box<(Topic, String)>>,
+}
+
+/// Other machines that a session passes through.
+#[derive(Debug, Default)]
+struct Path {
+    /// The names of all hops that were used, separated by commas.
+    via: String,
+    /// The load balancer that forwards the client: its address, or `None` on a Unix socket.
+    balancer: Option<Option<AddrPort>>,
 }
 
 /// A [`SocketAddr`] without flow information. In an `Option`, it takes up 18 bytes instead of 32.
@@ -114,7 +122,7 @@ impl SessionLog {
             addr: None,
             bnd: None,
             targets: Cell::new(0),
-            via: None,
+            path: None,
             rep: None,
             policy_generation: Cell::new(0),
             bytes: ByteCounts::default(),
@@ -136,6 +144,17 @@ impl SessionLog {
         self.client.map(AddrPort::socket_addr)
     }
 
+    /// Sets the client that the peer of the connection forwards. Its port is not 0.
+    pub(super) fn set_forwarded_client(&mut self, client: SocketAddr) {
+        self.path.get_or_insert_default().balancer = Some(self.client);
+        self.client = AddrPort::new(client);
+    }
+
+    /// Returns whether the client is behind a load balancer.
+    pub(super) fn is_forwarded(&self) -> bool {
+        self.path.as_ref().is_some_and(|path| path.balancer.is_some())
+    }
+
     /// Sets BND. The first one is kept, which for BIND is the listening socket.
     pub(super) fn set_bnd(&mut self, bnd: SocketAddr) {
         self.bnd = self.bnd.or(AddrPort::new(bnd));
@@ -148,16 +167,15 @@ impl SessionLog {
 
     /// Adds a hop to those that were used.
     pub(super) fn add_via(&mut self, hop: &Hop) {
-        match &mut self.via {
-            None => self.via = Some(Box::new(hop.name.clone())),
-            Some(names) if names.split(',').any(|name| name == hop.name) => {}
-            Some(names) => **names = format!("{names},{}", hop.name),
+        let Path { via, .. } = &mut **self.path.get_or_insert_default();
+        if !via.split(',').any(|name| name == hop.name) {
+            *via = if via.is_empty() { hop.name.clone() } else { format!("{via},{}", hop.name) };
         }
     }
 
     /// Returns whether no hop was used.
     pub(super) fn is_direct(&self) -> bool {
-        self.via.is_none()
+        self.path.as_ref().is_none_or(|path| path.via.is_empty())
     }
 
     /// Returns the identity of a client that has logged in.
@@ -169,9 +187,11 @@ impl SessionLog {
         ClientKey::new(self.client().map(|client| client.ip()))
     }
 
-    /// Returns the access request of the session without a target.
+    /// Returns the access request of the session without a target. The address of a client on a Unix socket is 127.0.0.1.
     pub(super) fn client_request(&self) -> AccessRequest<'_> {
-        AccessRequest { identity: self.identity(), command: self.command, ..request_from(self.client()) }
+        let from = self.client().map_or(Ipv4Addr::LOCALHOST.into(), |client| client.ip().to_canonical());
+        let (identity, command) = (self.identity(), self.command);
+        AccessRequest { client_ip: Some(from), identity, command, ..AccessRequest::default() }
     }
 
     /// Returns the access request of the session. For BIND, a zero address in DST matches any peer, and a zero port
@@ -188,12 +208,6 @@ impl SessionLog {
             _ => request,
         }
     }
-}
-
-/// Returns the access request at accept, when only the client's address is known. On a Unix socket that is 127.0.0.1.
-pub(super) fn request_from(client: Option<SocketAddr>) -> AccessRequest<'static> {
-    let from = client.map_or(Ipv4Addr::LOCALHOST.into(), |client| client.ip().to_canonical());
-    AccessRequest { client_ip: Some(from), ..AccessRequest::default() }
 }
 
 /// Adds the target `dst` to an access request.
@@ -326,11 +340,9 @@ struct Facts<'a>(&'a SessionLog);
 impl fmt::Display for Facts<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(log) = self;
-        write!(f, "id={}", log.id)?;
-        match log.client() {
-            Some(client) => write!(f, " from={client}")?,
-            None => write!(f, " from=unix")?,
-        }
+        let from = |client: Option<AddrPort>| client.map_or("unix".into(), |addr| addr.socket_addr().to_string());
+        write!(f, "id={} from={}", log.id, from(log.client))?;
+        Field(" proxy=", log.path.as_ref().and_then(|path| path.balancer).map(from)).fmt(f)?;
         Field(
             " user=",
             log.user.as_ref().map(|user| {
@@ -354,7 +366,11 @@ impl fmt::Display for Reached<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(log) = self;
         Field(" addr=", log.addr.map(AddrPort::socket_addr)).fmt(f)?;
-        Field(" via=", log.via.as_ref().map(|names| format!("{names:?}"))).fmt(f)
+        Field(
+            " via=",
+            log.path.as_ref().map(|path| &path.via).filter(|via| !via.is_empty()).map(|via| format!("{via:?}")),
+        )
+        .fmt(f)
     }
 }
 

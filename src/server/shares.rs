@@ -191,8 +191,8 @@ impl<K: Eq + Hash + Clone> ShareGuard<K> {
         self.client.as_ref()
     }
 
-    /// Makes a reservation a use of `client`. Returns `None` if the client is at its limit.
-    pub(super) fn assign(mut self, client: K) -> Option<Self> {
+    /// Makes a reservation a use of `client`. Returns false if the client is at its limit.
+    pub(super) fn assign(&mut self, client: K) -> bool {
         let client = Some(client);
         let mut usage = self.shares.usage();
         let has_room = usage.clients.get(&client).is_none_or(|entry| entry.in_use < usage.per_client);
@@ -200,12 +200,10 @@ impl<K: Eq + Hash + Clone> ShareGuard<K> {
             usage.entry(&client).in_use += 1;
             usage.entry(&self.client).in_use -= 1;
             usage.update(&self.client);
-        }
-        drop(usage);
-        has_room.then(|| {
+            drop(usage);
             self.client = client;
-            self
-        })
+        }
+        has_room
     }
 }
 

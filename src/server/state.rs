@@ -8,8 +8,11 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
+use super::counters::COUNTERS;
 use super::dial_shares::DialShares;
 use super::limiter::{Limiter, SessionQuota};
+use super::local_addr::route_source;
+use super::log_shares::Topic;
 use super::logins::Logins;
 use super::options::{Hop, Options};
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
@@ -55,7 +58,7 @@ impl Server {
 /// Counts a session against all limits until it is dropped, and gives it access to the server.
 pub(super) struct SessionPermit {
     pub(super) server: Arc<Server>,
-    _share: ShareGuard,
+    pub(super) share: ShareGuard,
     quota: Option<Box<SessionQuota>>,
 }
 
@@ -83,11 +86,33 @@ impl Session {
     /// socket.
     pub(super) fn new(server: Arc<Server>, client: Option<SocketAddr>, share: ShareGuard) -> Self {
         let (policy, quota) = (server.policy.current(), server.limiter.session_quota());
-        Self { permit: SessionPermit { server, _share: share, quota }, log: SessionLog::new(client), policy }
+        Self { permit: SessionPermit { server, share, quota }, log: SessionLog::new(client), policy }
     }
 
     pub(super) fn server(&self) -> &Server {
         &self.permit.server
+    }
+
+    /// Checks the rules about the client when it is known: at accept, or after the header of a load balancer.
+    pub(super) fn check_client(&self) -> SessionResult<()> {
+        if let Err(denial) = self.authorize(&self.log.client_request()) {
+            COUNTERS.count_refused();
+            return Err(SessionError { topic: Topic::Refused, ..SessionError::silent(denial.reason) });
+        }
+        self.log.log_start();
+        Ok(())
+    }
+
+    /// Returns the address that the client has connected to; `None` on a Unix socket. If this is a load balancer's
+    /// connection, whose address the client cannot reach, returns the one on the route to the client.
+    pub(super) fn control_addr(&self, conn: &Conn) -> Option<SocketAddr> {
+        let local = conn.local_addr();
+        let client = self.log.client().filter(|_| self.log.is_forwarded());
+        let cannot_reach = |client: &SocketAddr| {
+            let is_loopback = |addr: SocketAddr| addr.ip().is_loopback();
+            local.is_none_or(|local| local.is_ipv4() != client.is_ipv4() || is_loopback(local) && !is_loopback(*client))
+        };
+        client.filter(cannot_reach).and_then(|client| route_source(client).ok()).or(local)
     }
 
     /// Returns BND for a socket at `local`: an address of its family in `advertised` replaces the IP address. Clients

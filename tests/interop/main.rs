@@ -6,6 +6,7 @@
 
 mod curl;
 mod dante;
+mod haproxy;
 mod netcat;
 mod pysocks;
 mod readme;

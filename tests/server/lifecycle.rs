@@ -8,6 +8,7 @@ mod listen;
 mod log_lines;
 mod notify;
 mod passwords;
+mod proxy_protocol;
 mod sandbox;
 mod session_log;
 mod shutdown;

@@ -9,6 +9,7 @@ mod interrupted_handshakes;
 mod name_addrs;
 mod protected;
 mod proto;
+mod proxy_header;
 mod reassembly;
 mod server_role;
 #[path = "../support/mod.rs"]

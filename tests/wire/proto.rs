@@ -23,7 +23,7 @@ fn check<M: Message + Debug + PartialEq>(message: &M) {
     check_encoding(&message.encode(), message);
 }
 
-fn check_encoding<M: Message + Debug + PartialEq>(bytes: &[u8], message: &M) {
+pub fn check_encoding<M: Message + Debug + PartialEq>(bytes: &[u8], message: &M) {
     assert!((M::MIN_LEN..=M::MAX_LEN).contains(&bytes.len()), "{} bytes of {message:?}", bytes.len());
     for given in 0..bytes.len() {
         let missing = bytes.len() - given;

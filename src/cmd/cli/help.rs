@@ -26,7 +26,7 @@ const GROUPS: [(&str, &str); 11] = [
 ];
 
 /// Options that only the manual has, so that the help fits on two screens: few users need them.
-const ONLY_IN_MANUAL: [&str; 7] = [
+const ONLY_IN_MANUAL: [&str; 8] = [
     "--advertise-bind",
     "--advertise-udp",
     "--outbound-interface",
@@ -34,6 +34,7 @@ const ONLY_IN_MANUAL: [&str; 7] = [
     "--prefer",
     "--hop-udp-relay",
     "--rate-per-user",
+    "--udp-filtering",
 ];
 
 pub(crate) fn text(syntax: &Syntax) -> String {

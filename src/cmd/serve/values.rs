@@ -3,9 +3,12 @@
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use ipnet::IpNet;
+
 use super::load::RuleOption;
 use crate::cmd::cli::exit::CliError;
 use crate::cmd::cli::values::parse_choice;
+use crate::policy::rules::parse_cidr;
 use crate::server::Filtering;
 
 pub(super) fn default_threads() -> u16 {
@@ -30,6 +33,16 @@ pub(super) fn parse_mark(text: &str) -> Result<u32, String> {
 /// Parses an address family. Returns true for IPv4.
 pub(super) fn parse_family(text: &str) -> Result<bool, String> {
     parse_choice(text, [("4", true), ("6", false)])
+}
+
+/// Parses a comma-separated list of addresses and CIDR blocks. `None` is `unix`.
+pub(super) fn parse_balancers(text: &str) -> Result<Vec<Option<IpNet>>, String> {
+    let expected = |word: &str| format!("expected an address, a CIDR such as 192.0.2.0/24, or unix, found {word:?}");
+    let parse = |word| match word {
+        "unix" => Ok(None),
+        _ => parse_cidr(word, "--proxy-protocol-from")?.map(Some).ok_or_else(|| expected(word)),
+    };
+    text.split(',').map(parse).collect()
 }
 
 pub(super) fn parse_filtering(text: &str) -> Result<Filtering, String> {

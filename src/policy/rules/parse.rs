@@ -246,7 +246,7 @@ fn parse_route(text: &str, hops: &[String]) -> Result<Route, String> {
 }
 
 /// Parses an address or a CIDR of `key`. Returns `None` if the text is neither.
-fn parse_cidr(text: &str, key: &str) -> Result<Option<IpNet>, String> {
+pub fn parse_cidr(text: &str, key: &str) -> Result<Option<IpNet>, String> {
     if let (host, Some(port)) = split_host_port(text)
         && (parse_port(port).is_ok() || host.contains('.') && port.chars().all(char::is_alphanumeric))
     {

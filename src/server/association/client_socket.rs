@@ -38,7 +38,7 @@ pub(super) struct ClientSocket {
 impl ClientSocket {
     pub(super) async fn bind(session: &Session, control: &Conn, dst: &Addr) -> io::Result<Self> {
         let addr = expected_sender(session, dst);
-        let mut local = control.local_addr().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
+        let mut local = session.control_addr(control).unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         local.set_port(0);
         let (server, protection) = (session.server(), control.protection().cloned());
         let ports = server.options.udp_ports.as_ref();
