@@ -14,7 +14,7 @@ use super::local_addr::{bind_in_range, reachable_addr};
 use super::options::Hop;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
-use super::state::{Session, err_of};
+use super::state::{Session, unless};
 use crate::conn::{Conn, to_canonical_addr};
 use crate::net::{
     ACCEPT_RETRY_DELAY, DialError, Interest, Io, LocalAddr, accept, parse_literal, set_outbound_options, sleep,
@@ -108,10 +108,10 @@ impl Session {
             client.wait_peer_closed().await;
             SessionError::silent("client disconnected before the peer connected")
         };
-        let cancelled = err_of(disconnected.or(self.denied_by_reload()));
+        let cancelled = disconnected.or(self.denied_by_reload());
         let timeout = self.server().options.bind_timeout;
         let timed_out = || SessionError::with_rep(Rep::TTL_EXPIRED, format!("peer did not connect within {timeout:?}"));
-        let result = timeout_at(Instant::now() + timeout, accept.or(cancelled)).await;
+        let result = timeout_at(Instant::now() + timeout, unless(cancelled, accept)).await;
         result.unwrap_or_else(|| Err(timed_out()))
     }
 

@@ -4,10 +4,9 @@
 //! path replies exactly once.
 
 use std::cell::Cell;
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Instant;
-
-use futures_lite::FutureExt as _;
 
 use super::dispatch::dispatch;
 use super::handshakes::HandshakeGuard;
@@ -15,7 +14,7 @@ use super::log_shares::in_session;
 use super::passwords::Login;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::LOGIN_REFUSED;
-use super::state::Session;
+use super::state::{Session, unless};
 use super::tunnel::Tunnel;
 use super::worker;
 use crate::conn::{Conn, DetachedConn, Protection, ReadError};
@@ -38,17 +37,17 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
         if session.server().options.is_balancer(session.log.client()) {
             // Boxed: other clients take no memory for it.
             let identified = Box::pin(session.identify_client(&mut conn, &handshake, deadline));
-            if let Err(error) = unless_ended(Some(&handshake), identified).await {
+            if let Err(error) = unless(replaced(Some(&handshake)), identified).await {
                 return session.log.set_error_of(error.topic, error.reason);
             }
         }
         let mut handshake = Some(handshake);
-        let result = match unless_ended(handshake.as_ref(), session.log_in(&mut conn, deadline)).await {
+        let result = match unless(replaced(handshake.as_ref()), session.log_in(&mut conn, deadline)).await {
             Ok(mut login) => {
                 if let Some(protection) = login.protection.take() {
                     conn = conn.protect(protection);
                 }
-                match unless_ended(handshake.as_ref(), login.read_request(&session, &mut conn)).await {
+                match unless(replaced(handshake.as_ref()), login.read_request(&session, &mut conn)).await {
                     Ok(request) => {
                         handshake = None;
                         session.serve_request(&mut conn, &request, login.is_stream_allowed).await
@@ -72,24 +71,20 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
                         conn.close_gracefully(&error.reply).await;
                         Ok(())
                     };
-                    let _ = unless_ended(handshake.as_ref(), close).await;
+                    let _ = unless(replaced(handshake.as_ref()), close).await;
                 }
             }
         }
     }));
 }
 
-/// Runs `work`. Returns an error if the handshake has to end for a new connection.
-async fn unless_ended<T>(
-    handshake: Option<&HandshakeGuard>,
-    work: impl Future<Output = SessionResult<T>>,
-) -> SessionResult<T> {
-    let Some(handshake) = handshake else { return work.await };
-    let ended = async {
-        handshake.wait_ended().await;
-        Err(SessionError::silent("closed for a newer connection: too many unfinished handshakes"))
-    };
-    work.or(ended).await
+/// Waits until an unfinished handshake has to end for a new connection, and returns the error.
+async fn replaced(handshake: Option<&HandshakeGuard>) -> SessionError {
+    match handshake {
+        Some(handshake) => handshake.wait_ended().await,
+        None => pending().await,
+    }
+    SessionError::silent("closed for a newer connection: too many unfinished handshakes")
 }
 
 /// A client that has logged in: only with this value, a request can be read.

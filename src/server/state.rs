@@ -2,11 +2,13 @@
 
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use futures_lite::FutureExt as _;
+use pin_project_lite::pin_project;
 
 use super::counters::COUNTERS;
 use super::dial_shares::DialShares;
@@ -149,13 +151,12 @@ impl Session {
     }
 
     /// Runs `work`, and cancels it when the client disconnects or a reloaded policy denies the session.
-    // Not an async fn, whose future would store `work` twice.
     pub(super) fn cancellable<T>(
         &self,
         client: &Conn,
         work: impl Future<Output = SessionResult<T>>,
     ) -> impl Future<Output = SessionResult<T>> {
-        work.or(err_of(self.disconnected(client).or(self.denied_by_reload())))
+        unless(self.disconnected(client).or(self.denied_by_reload()), work)
     }
 
     // These are not generic: the compiler would repeat their code for each use.
@@ -199,7 +200,32 @@ impl Session {
     }
 }
 
-/// Turns the error that a future returns into a result.
-pub(super) async fn err_of<T>(error: impl Future<Output = SessionError>) -> SessionResult<T> {
-    Err(error.await)
+/// Runs `work` until `cancelled` returns an error.
+pub(super) fn unless<T>(
+    cancelled: impl Future<Output = SessionError>,
+    work: impl Future<Output = SessionResult<T>>,
+) -> impl Future<Output = SessionResult<T>> {
+    Cancellable { work, cancelled }
+}
+
+pin_project! {
+    /// A struct, because an async block would have both futures twice: as its arguments, and where it polls them.
+    struct Cancellable<W, C> {
+        #[pin]
+        work: W,
+        #[pin]
+        cancelled: C,
+    }
+}
+
+impl<T, W: Future<Output = SessionResult<T>>, C: Future<Output = SessionError>> Future for Cancellable<W, C> {
+    type Output = SessionResult<T>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        match this.work.poll(cx) {
+            Poll::Ready(result) => Poll::Ready(result),
+            Poll::Pending => this.cancelled.poll(cx).map(Err),
+        }
+    }
 }
