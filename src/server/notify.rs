@@ -3,7 +3,7 @@
 //!
 //! The socket is connected before the sandbox is entered, which allows no new connections to abstract sockets.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::env;
 use std::ffi::OsStr;
 use std::fmt::Display;
@@ -37,6 +37,7 @@ pub(super) struct Notifier {
     /// Time between two reports to the watchdog, if it is enabled.
     watchdog: Option<Duration>,
     is_draining: Cell<bool>,
+    last_status: RefCell<String>,
 }
 
 impl Notifier {
@@ -47,12 +48,18 @@ impl Notifier {
             log::warn!("{error} (the watchdog is not used)");
             None
         });
-        Self { socket, has_failed: Cell::new(false), watchdog, is_draining: Cell::new(false) }
+        Self {
+            socket,
+            watchdog,
+            has_failed: Cell::default(),
+            is_draining: Cell::default(),
+            last_status: RefCell::default(),
+        }
     }
 
     /// Reports that the server accepts connections and has loaded its files.
     pub(super) fn ready(&self) {
-        self.send(&format!("READY=1\n{}", self.status()));
+        self.send_with_status("READY=1\n");
     }
 
     /// Reports that a reload begins.
@@ -65,7 +72,7 @@ impl Notifier {
     pub(super) fn stopping(&self, drain: Duration) {
         self.is_draining.set(true);
         let limit = drain.saturating_add(EXIT_TIME).as_micros();
-        self.send(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={limit}\n{}", self.status()));
+        self.send_with_status(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={limit}\n"));
     }
 
     /// Reports the number of sessions and feeds the watchdog.
@@ -90,21 +97,24 @@ impl Notifier {
 
     async fn report_sessions<T>(&self) -> T {
         let changes = COUNTERS.changes();
-        let mut last = String::new();
-        while changes.recv().await.is_ok() {
-            let status = self.status();
-            if status != last {
-                self.send(&status);
-                last = status;
+        loop {
+            if self.status() != *self.last_status.borrow() {
+                self.send_with_status("");
+                Timer::after(STATUS_INTERVAL).await;
             }
-            Timer::after(STATUS_INTERVAL).await;
+            let _ = changes.recv().await;
         }
-        pending().await
     }
 
     fn status(&self) -> String {
         let state = if self.is_draining.get() { "draining" } else { "serving" };
         format!("STATUS={state}: {}", COUNTERS.summary())
+    }
+
+    fn send_with_status(&self, report: &str) {
+        let status = self.status();
+        self.send(&format!("{report}{status}"));
+        self.last_status.replace(status);
     }
 
     fn send(&self, report: &str) {
