@@ -301,6 +301,7 @@ fn torture(test: &str, torture: fn(&Session), session: impl FnOnce() -> Session)
 }
 
 const LOOPBACK: &str = "--listen 127.0.0.1:0";
+const LOOPBACK_V6: &str = "--listen [::1]:0";
 const CONNECT: &str = "connect -x {proxy} -w 6";
 
 fn connect(server: &str) -> Session {
@@ -345,12 +346,12 @@ fn connect_by_name() -> Session {
     Session::new(LOOPBACK, &format!("{CONNECT} localhost:{port}"), Peer::None)
 }
 
-fn bind() -> Session {
-    Session::new(LOOPBACK, "bind -x {proxy} -w 6", Peer::Tcp("bound "))
+fn bind(listen: &str) -> Session {
+    Session::new(listen, "bind -x {proxy} -w 6", Peer::Tcp("bound "))
 }
 
-fn udp() -> Session {
-    Session::new(LOOPBACK, &format!("udp -x {{proxy}} -n 1 -w 2 {}", udp_echo_server(V4)), Peer::None)
+fn udp(listen: &str, target: IpAddr) -> Session {
+    Session::new(listen, &format!("udp -x {{proxy}} -n 1 -w 2 {}", udp_echo_server(target)), Peer::None)
 }
 
 fn forward() -> Session {
@@ -378,15 +379,17 @@ tests! {
     server_survives_faults_of_bulk: server_session(bulk());
     server_survives_faults_of_connect: server_session(connect(LOOPBACK));
     server_survives_faults_of_connect_by_name: server_session(connect_by_name());
-    server_survives_faults_of_bind: server_session(bind());
-    server_survives_faults_of_udp: server_session(udp());
+    server_survives_faults_of_bind: server_session(bind(LOOPBACK));
+    server_survives_faults_of_bind_over_ipv6: server_session(bind(LOOPBACK_V6));
+    server_survives_faults_of_udp: server_session(udp(LOOPBACK, V4));
+    server_survives_faults_of_udp_over_ipv6: server_session(udp(LOOPBACK_V6, V6));
     server_survives_faults_of_connect_on_a_unix_socket: server_session(connect_unix());
     server_survives_faults_of_connect_via_a_proxy: server_session(connect_via());
     server_survives_faults_of_password_login: server_session(connect_with_password());
     server_survives_faults_of_gssapi_login: server_session(connect_with_gssapi());
     client_reports_faults_of_connect: client(connect_by_name());
-    client_reports_faults_of_bind: client(bind());
-    client_reports_faults_of_udp: client(udp());
+    client_reports_faults_of_bind: client(bind(LOOPBACK));
+    client_reports_faults_of_udp: client(udp(LOOPBACK, V4));
     client_reports_faults_of_forward: client(forward());
     client_reports_faults_of_udp_forward: client(udp_forward());
     client_reports_faults_of_gssapi_login: client(connect_with_gssapi());
