@@ -14,3 +14,4 @@ mod session_log;
 mod shutdown;
 mod stalled_log;
 mod terminal;
+mod units;
