@@ -31,8 +31,7 @@ pub use proxy::{Endpoint, Proxy, check_credentials, parse_addr, parse_addr_or_ho
 /// Settings of all handshakes, with any proxy and target. User names and passwords are part of each [`Proxy`].
 #[derive(Clone, Debug, Default)]
 pub struct ClientOptions {
-    /// Methods to offer to all proxies, in this order. `None`: `none`, plus each method for which there are
-    /// credentials.
+    /// Methods to offer to all proxies, in order. `None`: `none`, and all methods for which there are credentials.
     pub methods: Option<Vec<Method>>,
     /// Settings for GSSAPI. `None`: GSSAPI is not offered.
     pub gssapi: Option<Initiator>,
@@ -189,8 +188,7 @@ impl Client {
         Ok(Conn::Tcp(io))
     }
 
-    /// Waits for the second reply to BIND, until the deadline if `has_deadline` is set. Returns its BND, the peer's
-    /// address.
+    /// Waits for the second reply to BIND, until the deadline if `has_deadline` is set. Returns the peer's address.
     pub async fn wait_for_peer(&self, conn: &mut Conn, has_deadline: bool) -> Result<Addr, ClientError> {
         self.enter_phase(Phase::Accept);
         let started = Instant::now();
@@ -300,8 +298,7 @@ impl Client {
         }
     }
 
-    /// Acquires a Kerberos ticket if GSSAPI may be offered. A missing ticket is an error only if GSSAPI is the only
-    /// requested method.
+    /// Acquires a Kerberos ticket if GSSAPI may be offered. It may be missing unless only GSSAPI is requested.
     async fn ticket(&self) -> Result<Option<Arc<Credential>>, ClientErrorKind> {
         let methods = self.options.methods.as_deref();
         let is_possible = methods.is_none_or(|methods| methods.contains(&Method::GSSAPI));

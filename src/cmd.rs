@@ -102,8 +102,7 @@ pub fn syntax() -> Syntax {
     Syntax { modes, ..Syntax::of::<ProgramArgs>("") }
 }
 
-/// Parses a command line, and overwrites passwords in the command line of this process. `args[0]` is the program's
-/// name.
+/// Parses a command line, with the program's name, and overwrites passwords in that of this process.
 pub fn parse(args: &[String]) -> CliResult<Action> {
     let is_client = args.get(1).is_some_and(|mode| mode.parse::<Command>().is_ok());
     parse_with(&syntax(), args).map_err(|error| match is_client {

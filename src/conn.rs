@@ -30,8 +30,7 @@ pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
 /// Time that a closing connection is still read: unread data would cause a reset, which can discard the last message.
 /// RFC 1928 section 6 requires the connection to be closed within 10 s.
 const GRACEFUL_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Maximum number of bytes that are read and discarded during this time: a peer that ignores the message can send
-/// gigabytes.
+/// Maximum number of bytes that are discarded during this time: a peer that goes on can send gigabytes.
 const MAX_DISCARDED: usize = 1 << 20;
 /// Buffer size for reads of a message, in bytes.
 const READ_LEN: usize = 1024;
@@ -184,8 +183,7 @@ impl Conn {
         let _ = timeout_at(Instant::now() + GRACEFUL_CLOSE_TIMEOUT, close).await;
     }
 
-    /// Returns when the peer has reset the connection, or has shut down its write side and no data is left to read.
-    /// Consumes no data.
+    /// Returns at a reset by the peer, or at the end of its stream if no data is left to read. Consumes no data.
     pub async fn wait_eof(&self) {
         self.wait_for_events(PollFlags::HUP | PollFlags::ERR).await;
     }

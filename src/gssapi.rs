@@ -1,5 +1,4 @@
-//! GSSAPI authentication for SOCKS5 (RFC 1961), client and server: establishes a security context and negotiates the
-//! protection level.
+//! GSSAPI authentication for SOCKS5 (RFC 1961), both sides: establishes a context and negotiates its protection level.
 //!
 //! [`ffi`] calls the GSSAPI library, which creates and checks tokens. `conn` protects the stream after the handshake.
 
@@ -101,8 +100,7 @@ impl Acceptor {
     }
 
     /// Establishes a context with the client on `conn` after the server has selected GSSAPI. Waits for `thread` before
-    /// it accepts a token, which takes CPU time. The caller sets the deadline, and sends [`Frame::Abort`] after an
-    /// error.
+    /// it accepts a token, which takes CPU time. The caller sets the deadline, and sends [`Frame::Abort`] on errors.
     pub(crate) async fn accept<T: Send + 'static>(
         &self,
         conn: &mut Conn,

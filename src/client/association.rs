@@ -124,8 +124,7 @@ impl Association {
         LossCounts { incomplete, invalid: self.invalid.get(), overflowed }
     }
 
-    /// Sends one datagram to the target of the client, in fragments if the headers do not fit. Poll for answers after
-    /// it.
+    /// Sends a datagram to the target of the client, in fragments if it is too long. Poll for answers after it.
     ///
     /// # Errors
     /// Errors from the socket; `InvalidInput` if the payload is larger than a UDP datagram.
@@ -173,8 +172,7 @@ impl Association {
                 if let Some(protection) = &hop.protection {
                     *bytes = protection.wrap(bytes)?;
                 }
-                // The hop before this one sends the datagram to this relay; to the first relay, the socket is
-                // connected.
+                // The hop before this one sends it to this relay. To the first relay, the socket is connected.
                 if i > 0 {
                     *bytes = encode_datagram(&hop.relay, bytes);
                 }
@@ -222,8 +220,7 @@ impl Association {
         })
     }
 
-    /// Receives one datagram from `peer`. `None` if it is invalid, or a fragment of a datagram that is not yet
-    /// complete.
+    /// Receives one datagram from `peer`. `None` if it is invalid, or completes no datagram.
     fn receive(&self, peer: SocketAddr, socket: &UdpSocket) -> io::Result<Option<(Addr, Vec<u8>)>> {
         BUFFER.with_borrow_mut(|buffer| {
             let n = self.socket.receive(peer, socket, buffer)?;

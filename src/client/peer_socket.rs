@@ -142,8 +142,7 @@ impl PeerSocket {
         Ok(socket)
     }
 
-    /// Sends a datagram to the current address, without waiting. After an ICMP error about an earlier datagram, sends
-    /// both to the next address.
+    /// Sends a datagram without waiting. After an ICMP error about an earlier one, sends both to the next address.
     ///
     /// # Errors
     /// `WouldBlock` if the send buffer is full, and other errors from the socket.

@@ -21,8 +21,7 @@ const READ_LEN: usize = MAX_WRAP_LEN + 256;
 /// Number of tokens without data that are skipped before other tasks run.
 const MAX_EMPTY_TOKENS: usize = 64;
 
-/// An established security context. Wraps and unwraps data (RFC 2743 sections 2.3.3 and 2.3.4). Errors are the
-/// library's messages.
+/// An established security context (RFC 2743 sections 2.3.3 and 2.3.4). Errors are the library's messages.
 pub trait SecurityContext: fmt::Debug {
     /// Returns a token that contains `data`, encrypted or only integrity-protected.
     fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>, String>;

@@ -274,8 +274,7 @@ pub struct Credential(Object);
 unsafe impl Sync for Credential {}
 
 impl Credential {
-    /// Acquires the keys of `service` (`service@host` or a principal), or all keys if `None`, from `keytab` or the
-    /// system's keytab.
+    /// Acquires the keys of `service` (`service@host` or a principal; `None`: all) from `keytab` or that of the system.
     ///
     /// # Errors
     /// No library or no such key is available. The library reports an unreadable keytab as an empty one.

@@ -1,7 +1,6 @@
 //! UDP sockets that receive with recvmmsg(2) and GRO, and send with GSO, if the kernel supports these.
 //!
-//! The content of datagrams is not interpreted. A batch that the kernel refuses is sent as single datagrams, with the
-//! same result at the receiver.
+//! Datagrams are not interpreted. The receiver sees no difference if the kernel refuses a batch: it is sent singly.
 
 mod batch;
 
@@ -28,8 +27,7 @@ use batch::{MAX_MESSAGES, MAX_SEGMENTS};
 
 /// SO_RCVBUF and SO_SNDBUF in bytes, for bursts. The kernel may grant less.
 const SOCKET_BUFFER_SIZE: usize = 1 << 20;
-/// Size in bytes of the control message of an ICMP error: a header, `sock_extended_err` and an IPv6 address, rounded
-/// up.
+/// Size in bytes of the control message of an ICMP error: header, `sock_extended_err` and IPv6 address.
 const ERROR_CONTROL_LEN: usize = 128;
 
 /// A datagram socket, registered with the reactor of its thread.
@@ -48,8 +46,7 @@ pub(crate) struct BatchSocket {
 }
 
 impl BatchSocket {
-    /// Binds a socket with large buffers. An IPv6 socket receives no IPv4 traffic. `prepare` is called before it is
-    /// bound.
+    /// Binds a socket with large buffers, for IPv6 without IPv4. `prepare` is called before it is bound.
     pub(crate) fn bind(local: SocketAddr, prepare: impl FnOnce(&Socket) -> io::Result<()>) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(local), Type::DGRAM, None)?;
         prepare(&socket)?;
@@ -106,8 +103,7 @@ impl BatchSocket {
         self.io.get_ref()
     }
 
-    /// Receives up to `max` messages. Returns false if there are none. Errors are skipped: they are ICMP messages about
-    /// earlier datagrams.
+    /// Receives up to `max` messages. Returns false if there are none. Skips errors, which are about earlier datagrams.
     pub(crate) fn poll_receive(&self, cx: &mut Context<'_>, batch: &mut RecvBatch, max: usize) -> bool {
         for _ in 0..max {
             match self.io.poll_with(cx, Interest::Read, |socket| self.receive(socket, batch, max)) {

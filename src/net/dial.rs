@@ -156,8 +156,7 @@ pub fn unspecified(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// Limits of the lookups and connection attempts that run at the same time. A guard counts one until it is dropped. By
-/// default, there are none.
+/// Limits of the lookups and attempts that run at the same time (default: none). A guard counts one until its drop.
 pub trait DialLimits: fmt::Debug + Send + Sync {
     /// Waits until another lookup may start.
     fn start_lookup(&self) -> Pin<Box<dyn Future<Output = LimitGuard> + '_>> {
@@ -320,8 +319,7 @@ pub fn set_tcp_options(socket: &impl AsFd) {
     set_keepalive(socket);
 }
 
-/// Makes the kernel detect an unreachable peer by 6 probes, 15 s apart, after 60 s of silence. Failures are only
-/// logged.
+/// Makes the kernel detect an unreachable peer by 6 probes, 15 s apart, after 60 s. Failures are only logged.
 pub fn set_keepalive(socket: &impl AsFd) {
     let keepalive =
         TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15)).with_retries(6);

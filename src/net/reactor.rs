@@ -1,8 +1,7 @@
 //! A thread's reactor: epoll (edge-triggered except for `Io::read_only`), timers, and the loop of the main future.
 //!
 //! Each thread has its own instance. A socket is registered once for its lifetime. Waiting for it costs no system call,
-//! and it is read or written only when it may be ready. Other threads use only the loop's waker and the number of
-//! sockets.
+//! and it is read or written only when it may be ready. Other threads use only its waker and its number of sockets.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -260,8 +259,7 @@ impl Reactor {
         Ok(())
     }
 
-    /// Lets other processes on this core run first. Under load, one pass then handles several events, which costs less
-    /// than a wake-up for each.
+    /// Lets other processes on this core run first: under load, one pass then handles several events at less cost.
     fn yield_core(&self) {
         match self.yields_to_skip.get() {
             0 => {

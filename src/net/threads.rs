@@ -24,8 +24,7 @@ pub fn unblock<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> 
 
 type Job<S> = Box<dyn FnOnce(&mut S) + Send>;
 
-/// A limited number of threads and their queue. Each thread has a state of type `S`, which its calls reuse, and which
-/// is dropped when it ends.
+/// A limited number of threads and their queue. Each has a state of type `S` until it ends, which its calls reuse.
 pub struct ThreadPool<S: 'static> {
     name: &'static str,
     max_threads: usize,

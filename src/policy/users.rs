@@ -69,8 +69,7 @@ impl fmt::Debug for StoredHash {
 }
 
 impl Users {
-    /// Parses a users file. Fails at the first line with an invalid or duplicate name, or an invalid or unsupported
-    /// hash.
+    /// Parses a users file. Fails at the first line whose name is invalid or duplicate, or whose hash is invalid.
     pub fn parse(text: &str) -> Result<Self, PolicyError> {
         let mut users = Self::default();
         for (line, text) in (1..).zip(text.lines()) {

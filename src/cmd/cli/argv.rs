@@ -45,8 +45,7 @@ const FOREIGN: [(&[&str], &[&str], &str); 5] = [
 ];
 
 /// Selects the mode, and makes each of its options and each value a separate argument. `args` does not contain the
-/// program's name. Returns the syntax of the mode, or of the program, and the arguments for argh: `None` if help
-/// is requested.
+/// program's name. Returns the syntax of the mode or of the program, and the arguments for argh, `None` for help.
 ///
 /// # Errors
 /// An unrecognized mode or option, a missing value, or a value for an option that does not take one.
@@ -159,8 +158,7 @@ impl<'a> Normalizer<'a> {
         Ok(!is_switch(flag) && value.is_none())
     }
 
-    /// Returns true if `-n` is nc's option, which has no value and no effect: s5 leaves names to the proxy. `rest` is
-    /// the rest of the argument.
+    /// Returns true if `-n` is nc's option without value or effect: s5 leaves names to the proxy. `rest` follows it.
     fn is_nodns(&self, rest: &str) -> bool {
         let count = self.syntax.flags.iter().find(|flag| flag.short == Some('n'));
         let is_bundle = rest.starts_with(|c: char| c.is_ascii_alphabetic());

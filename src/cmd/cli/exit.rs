@@ -132,8 +132,7 @@ impl fmt::Display for CliError {
     }
 }
 
-/// Escapes all characters that a terminal does not show as themselves: control characters, and those that are invisible
-/// or change the direction of text.
+/// Escapes all characters that a terminal does not show as themselves: those that are invisible or change direction.
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

@@ -9,8 +9,7 @@ use super::syntax::{NAME, Syntax, optional_value_name, summary, value_name};
 const WIDTH: usize = 80;
 const DESCRIPTION_COLUMN: usize = 30;
 
-/// Options that begin a group, each with the heading of the group. A group has several such options if not every mode
-/// supports the first.
+/// Options that begin a group, and its heading. A group has several if not every mode supports the first.
 const GROUPS: [(&str, &str); 11] = [
     ("--version", "Options"),
     ("--listen", "Listening"),

@@ -1,8 +1,7 @@
 //! The log: each record is one line on stderr.
 //!
 //! Lines about sessions are logfmt, also messages of other modules while they work for a session. The other lines have
-//! the form of simple_logger: time, level, module and text. The journal has its own times, so there each line begins
-//! with a priority instead.
+//! the form of simple_logger: time, level, module and text. In the journal, a priority replaces the time.
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use simple_logger::SimpleLogger;

@@ -1,8 +1,7 @@
 //! Files that s5 writes at a path that the user has chosen.
 //!
 //! In a directory where all users can create files, such as /tmp, symbolic links of other users are not followed: they
-//! could lead to any file of the user. The kernel refuses that too, but only if fs.protected_symlinks of proc(5) is
-//! set.
+//! could lead to any file of the user. The kernel refuses that only if fs.protected_symlinks of proc(5) is set.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, Permissions};

@@ -1,5 +1,4 @@
-//! Removes passwords from messages and from the arguments of the process, which ps(1) shows. Other users may read them
-//! before s5 overwrites them.
+//! Removes passwords from messages and from the arguments of the process. Before that, ps(1) shows them.
 
 use std::fs::{self, OpenOptions};
 use std::io;

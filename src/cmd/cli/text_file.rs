@@ -5,8 +5,7 @@ use std::io::{self, Read as _};
 
 const UTF8_BOM: &[u8] = b"\xef\xbb\xbf";
 
-/// Reads a text of at most `max` bytes to its end. A byte order mark at the start, as editors on Windows write it, is
-/// skipped.
+/// Reads a text of at most `max` bytes to its end. Skips a byte order mark, as editors on Windows write it.
 ///
 /// # Errors
 /// Those of read(2), a longer text, and UTF-16.

@@ -58,8 +58,7 @@ fn parse_quantity(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     u64::try_from(billionths.checked_mul((*unit).into())? / 1_000_000_000).ok()
 }
 
-/// Parses the address to send datagrams to: that in the reply of a proxy, or that of the proxy. Returns true for
-/// `proxy`.
+/// Parses the address to send datagrams to: that in the reply of a proxy, or with true that of the proxy.
 pub(crate) fn parse_udp_relay(text: &str) -> Result<bool, String> {
     parse_choice(text, [("reply", false), ("proxy", true)])
 }

@@ -108,8 +108,7 @@ fn read_file(name: &str) -> io::Result<Vec<Credentials>> {
 /// Reads a line byte by byte, so that nothing after it is consumed.
 fn read_first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
     let mut byte = [0];
-    // The longest login has a byte order mark, a colon and a carriage return. A longer line is noticed by one more
-    // byte.
+    // The longest login has a byte order mark, a colon and a carriage return. One more byte shows a longer line.
     while line.len() <= 2 * MAX_CREDENTIAL_LEN + 5 && file.read(&mut byte)? == 1 && byte != *b"\n" {
         line.extend(byte);
     }

@@ -1,5 +1,4 @@
-//! The options of the three client modes, which share most of them. A mode omits unsupported options from its help and
-//! refuses them with a reason.
+//! The options that the client modes share. A mode omits unsupported ones from its help and refuses them with a reason.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;

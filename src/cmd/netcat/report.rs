@@ -64,8 +64,7 @@ impl JsonOutput {
         }
     }
 
-    /// Writes the report of an error, unless the error is reported already. Removes its message if the object on stderr
-    /// replaces it.
+    /// Writes the report of an error unless it is reported. Removes its message if the object on stderr replaces it.
     pub(crate) fn report_error(&self, report: &SessionReport<'_>, error: CliError) -> CliError {
         if error.is_reported || matches!(self, Self::Disabled) {
             return error;

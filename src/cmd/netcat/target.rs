@@ -5,8 +5,7 @@ use crate::client::{parse_addr, parse_addr_or_host, parse_port};
 use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::proto::{Addr, split_host_port};
 
-/// The error for an operand with `user@` or `user:password@`. The operand is not printed: that of a proxy may have a
-/// password.
+/// The error for an operand with `user@` or `user:password@`. It does not show the operand, which may have a password.
 const USER_NAME: &str = "expected a host without a user name (-x takes the URL of a proxy)";
 
 /// Returns the target, given as `host:port` or as `host port`. `None`: there is none, and `-z` does not need one.
@@ -58,8 +57,7 @@ fn host_and_port(host: &str, port: &str, is_udp: bool) -> Result<Addr, String> {
     Ok(Addr { host: host.parse()?, port: parse_port(port, is_udp)? })
 }
 
-/// Returns the error for a URL as an operand, with the target that it means. The URL itself is not printed: that of a
-/// proxy may have a password.
+/// Returns the error for a URL as an operand, with the target in it. A URL may have a password, so it is not shown.
 fn url_error(url: &str) -> String {
     let (scheme, rest) = url.split_once("://").unwrap_or_default();
     if scheme.to_ascii_lowercase().starts_with("socks") {

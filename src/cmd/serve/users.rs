@@ -43,8 +43,7 @@ pub(super) fn remove_user(file: &Path, name: &str) -> CliResult<String> {
     Ok(change_report(file, "removed user", name))
 }
 
-/// Replaces a file atomically. The new file has owner, group and mode of the old one. If there is no old one, only the
-/// owner can read it.
+/// Replaces a file atomically, with the same owner, group and mode. A new file can be read only by its owner.
 fn replace_file(file: &Path, text: &str) -> CliResult {
     // Replaces the target of a symbolic link, not the link.
     let target = output_file::resolve_links(file).map_err(|error| file_error(file, error))?;

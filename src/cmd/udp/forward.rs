@@ -23,8 +23,7 @@ const LARGE_DATAGRAM: usize = 2048;
 const MAX_QUEUED_LARGE: usize = 4;
 /// Pause before the next attempt for a peer whose association could not be established.
 const ASSOCIATION_RETRY_PAUSE: Duration = Duration::from_secs(1);
-/// Default idle timeout of a peer's association: the value that RFC 4787 section 4.3 recommends for the mappings of a
-/// NAT.
+/// Default idle timeout of a peer's association, as RFC 4787 section 4.3 recommends for the mappings of a NAT.
 const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// The queue of datagrams of each peer, from its first datagram to the end of its association.

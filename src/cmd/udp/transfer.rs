@@ -48,8 +48,7 @@ pub(super) async fn run(
 }
 
 impl Transfer<'_> {
-    /// Runs both directions until one of them or the association ends, or until there has been no datagram for
-    /// `idle_timeout`.
+    /// Runs both directions until one of them or the association ends, or is idle for `idle_timeout`.
     pub(super) async fn run(
         &self,
         send: impl Future<Output = CliResult>,

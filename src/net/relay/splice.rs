@@ -8,8 +8,7 @@ use rustix::net::{RecvFlags, recv};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 use rustix::process::{Resource, getrlimit};
 
-/// Pipe sizes to try in this order, in bytes. The kernel limits the sum of a user's pipes (pipe-user-pages-soft in
-/// pipe(7)).
+/// Pipe sizes to try, in bytes. The kernel limits the sum of a user's pipes (pipe-user-pages-soft in pipe(7)).
 const PIPE_SIZES: [usize; 2] = [1 << 20, 1 << 18];
 
 pub(super) struct Pipe {
@@ -27,8 +26,7 @@ pub(super) fn is_unsupported(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::PERM))
 }
 
-/// Returns whether a socket has unread data; false for a pipe. Errors must be used: the kernel reports an error of a
-/// socket only once.
+/// Returns whether a socket has unread data; false for a pipe. Use errors: the kernel reports each only once.
 fn has_data(socket: BorrowedFd<'_>) -> io::Result<bool> {
     match recv(socket, &mut [0; 1], RecvFlags::PEEK) {
         Ok((_, n)) => Ok(n > 0),

@@ -46,8 +46,7 @@ pub enum Route {
     Hop(usize),
 }
 
-/// The action of a rule and its conditions except `to=`. An empty list is no condition. Rules that differ only in their
-/// targets share one.
+/// The action of a rule and its conditions except `to=`. Rules with the same share one. An empty list is no condition.
 #[derive(Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Conditions {
     pub(super) allow: bool,

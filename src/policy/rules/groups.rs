@@ -23,8 +23,7 @@ pub(super) struct Groups {
     groups: Vec<Group>,
     /// Groups that any client may match.
     without_key: Vec<u32>,
-    /// Groups that only named users match. While the user is not known, each of them may match: first `deny`, then
-    /// `allow`.
+    /// Groups that only named users match. Each may match while the user is not known: `deny`, then `allow`.
     with_users: [Vec<u32>; 2],
     by_user: Index<u32>,
     /// Groups that only clients of some networks match.
@@ -146,8 +145,7 @@ pub(super) struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Calls `found` for the rules in any order, some of them repeatedly. Includes the first rules that match or may
-    /// match.
+    /// Calls `found` for the first rules that match or may match, and others, in any order, some of them repeatedly.
     pub(super) fn run(&self, found: &mut dyn FnMut(usize, Match)) {
         if self.rules.is_empty() {
             return;
