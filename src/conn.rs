@@ -121,7 +121,9 @@ impl Conn {
                 let bytes = if is_first { received } else { &begun };
                 match M::decode_prefix(bytes) {
                     Ok((message, rest)) => {
-                        self.put_back(rest);
+                        if !rest.is_empty() {
+                            self.io().put_back(rest);
+                        }
                         return Poll::Ready(Ok(message));
                     }
                     Err(DecodeError::Incomplete(n)) => missing = n,
@@ -134,13 +136,6 @@ impl Conn {
                 }
             }
         })
-    }
-
-    /// Makes the next read return `bytes`, which were read from the socket.
-    fn put_back(&self, bytes: &[u8]) {
-        if !bytes.is_empty() {
-            self.io().put_back(bytes);
-        }
     }
 
     /// Writes one message with one call: many peers read once and expect the whole message.

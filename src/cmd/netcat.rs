@@ -9,7 +9,6 @@ pub mod options;
 pub mod progress;
 pub mod proxies;
 pub mod report;
-mod signal_watch;
 pub(super) mod stdio;
 pub(super) mod target;
 pub(super) mod tunnel;

@@ -16,14 +16,12 @@ pub(crate) struct Program(Vec<String>);
 impl Program {
     /// Returns the program of `-e` or `-c`, if one is given.
     pub(super) fn from_args(args: &ClientArgs) -> CliResult<Option<Self>> {
-        match (&args.exec, &args.sh_exec) {
-            (Some(program), _) => {
-                let words: Vec<String> = program.split_whitespace().map(str::to_owned).collect();
-                if words.is_empty() { Err(CliError::usage("-e requires a program")) } else { Ok(Some(Self(words))) }
-            }
-            (None, Some(command)) => Ok(Some(Self(vec!["/bin/sh".into(), "-c".into(), command.clone()]))),
-            (None, None) => Ok(None),
-        }
+        let words: Option<Vec<String>> = match (&args.exec, &args.sh_exec) {
+            (Some(program), _) => Some(program.split_whitespace().map(str::to_owned).collect()),
+            (None, command) => command.as_ref().map(|command| vec!["/bin/sh".into(), "-c".into(), command.clone()]),
+        };
+        CliError::usage_if(words.as_ref().is_some_and(Vec::is_empty), "-e requires a program")?;
+        Ok(words.map(Self))
     }
 
     /// Starts the program with these environment variables. Returns the process, and its stdin and stdout as a stream.

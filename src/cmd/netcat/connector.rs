@@ -1,5 +1,6 @@
 //! Establishes tunnels and associations for the client modes, with retries, and prints the results.
 
+use std::cell::Cell;
 use std::future::pending;
 use std::io;
 use std::net::IpAddr;
@@ -7,12 +8,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use async_signal::Signal;
-use futures_lite::FutureExt as _;
+use async_signal::{Signal, Signals};
+use futures_lite::{FutureExt as _, StreamExt as _};
+use smol::channel::{self, Receiver, Sender};
 
 use super::options::ClientArgs;
 use super::report::{JsonOutput, SessionReport};
-use super::signal_watch::SignalWatch;
 use super::{credentials, proxies};
 use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Phase, Proxy};
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
@@ -334,4 +335,42 @@ fn auth_from_args(args: &ClientArgs, hops: &[Proxy]) -> CliResult<(Option<Vec<Me
         ..default
     };
     Ok((methods, offers_gssapi.then_some(gssapi)))
+}
+
+/// With `--json`, SIGTERM and SIGINT end s5 after all sessions have written their objects. The signal, once it has
+/// arrived.
+struct SignalWatch {
+    received: Cell<Option<Signal>>,
+    /// Closed by the signal.
+    waiting: (Sender<()>, Receiver<()>),
+}
+
+impl SignalWatch {
+    fn new() -> Self {
+        Self { received: Cell::default(), waiting: channel::bounded(1) }
+    }
+
+    /// Waits for a signal, and wakes all sessions.
+    async fn watch<T>(&self) -> T {
+        if let Ok(mut signals) = Signals::new([Signal::Term, Signal::Int])
+            && let Some(Ok(signal)) = signals.next().await
+        {
+            self.received.set(Some(signal));
+            self.waiting.0.close();
+        }
+        pending().await
+    }
+
+    /// Waits until a session must end.
+    async fn wait(&self) -> Signal {
+        let _ = self.waiting.1.recv().await;
+        self.received.get().unwrap_or(Signal::Term)
+    }
+
+    /// Ends the process if a signal has arrived, as that signal does without a handler.
+    fn raise(&self) {
+        if let Some(signal) = self.received.get() {
+            let _ = signal_hook::low_level::emulate_default_handler(signal as i32);
+        }
+    }
 }
