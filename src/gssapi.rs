@@ -195,12 +195,11 @@ impl Initiator {
     pub fn may_have_tickets() -> bool {
         let is_set = |variable| std::env::var_os(variable).is_some_and(|value| !value.is_empty());
         let default_cache = format!("/tmp/krb5cc_{}", rustix::process::getuid().as_raw());
+        let names_cache =
+            |line: &str| ["default_ccache_name", "include"].iter().any(|word| line.trim().starts_with(word));
         ["KRB5CCNAME", "KRB5_CONFIG", "KRB5_CLIENT_KTNAME"].into_iter().any(is_set)
             || std::path::Path::new(&default_cache).exists()
-            || std::fs::read_to_string("/etc/krb5.conf").is_ok_and(|text| {
-                text.lines()
-                    .any(|line| ["default_ccache_name", "include"].iter().any(|word| line.trim().starts_with(word)))
-            })
+            || std::fs::read_to_string("/etc/krb5.conf").is_ok_and(|text| text.lines().any(names_cache))
     }
 
     /// Returns the client's credential. Does not check that it is valid for the service.

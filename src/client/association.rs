@@ -67,17 +67,12 @@ impl Client {
             let mut hops = Vec::new();
             for (hop, proxy) in self.hops.iter().enumerate() {
                 let (mut control, protection) = self.open_hops(hop + 1).await?;
-                let bnd = self.send_request(&mut control, Command::UdpAssociate, &Addr::UNSPECIFIED).await?;
-                let bnd =
-                    if self.options.proxy_is_udp_relay { Addr { port: bnd.port, ..Addr::UNSPECIFIED } } else { bnd };
-                let relay = self.resolve_unspecified_bnd(bnd, &control);
-                hops.push(HopAssociation {
-                    control,
-                    protection,
-                    proxy: proxy.to_string(),
-                    relay,
-                    reassembler: RefCell::default(),
-                });
+                let mut bnd = self.send_request(&mut control, Command::UdpAssociate, &Addr::UNSPECIFIED).await?;
+                if self.options.proxy_is_udp_relay {
+                    bnd.host = Addr::UNSPECIFIED.host;
+                }
+                let (proxy, relay) = (proxy.to_string(), self.resolve_unspecified_bnd(bnd, &control));
+                hops.push(HopAssociation { control, protection, proxy, relay, reassembler: RefCell::default() });
             }
             let (peer, link) = match hops.first() {
                 Some(first) => (&first.relay, first.control.peer_addr()),

@@ -298,14 +298,13 @@ impl ServeArgs {
     }
 
     pub(super) fn run(mut self) -> CliResult {
+        let has_both = self.add_user.is_some() && self.remove_user.is_some();
+        CliError::usage_if(has_both, "--add-user and --remove-user cannot be combined")?;
         match (&self.users, &self.add_user, &self.remove_user) {
-            (_, Some(_), Some(_)) => {
-                return Err(CliError::usage("--add-user and --remove-user cannot be combined"));
-            }
-            (None, Some(_), None) => return Err(CliError::usage("--add-user requires --users FILE")),
-            (None, None, Some(_)) => return Err(CliError::usage("--remove-user requires --users FILE")),
-            (Some(file), Some(name), None) => return report(self.quiet, users::add_user(file, name)?),
-            (Some(file), None, Some(name)) => return report(self.quiet, users::remove_user(file, name)?),
+            (Some(file), Some(name), _) => return report(self.quiet, users::add_user(file, name)?),
+            (Some(file), _, Some(name)) => return report(self.quiet, users::remove_user(file, name)?),
+            (None, Some(_), _) => return Err(CliError::usage("--add-user requires --users FILE")),
+            (None, _, Some(_)) => return Err(CliError::usage("--remove-user requires --users FILE")),
             (_, None, None) => {}
         }
         let methods = self.accepted_methods()?;

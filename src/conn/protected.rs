@@ -138,12 +138,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ProtectedStream<S> {
 
     /// Unwraps the first received frame. Returns `false` if it is incomplete.
     fn unwrap_frame(&mut self) -> io::Result<bool> {
-        let Some(frame_len) =
-            Frame::data_frame_len(&self.received).map_err(|error| protection_error(error.to_string()))?
-        else {
-            return Ok(false);
-        };
-        let Some(frame) = self.received.get_mut(..frame_len) else { return Ok(false) };
+        let frame_len = Frame::data_frame_len(&self.received).map_err(|error| protection_error(error.to_string()))?;
+        let Some(frame) = frame_len.and_then(|len| self.received.get_mut(..len)) else { return Ok(false) };
+        let frame_len = frame.len();
         let token = Frame::datagram_token(frame).unwrap_or_default();
         let unwrapped = self.protection.unwrap(token).map_err(protection_error)?;
         if unwrapped.order != TokenOrder::Next {

@@ -11,7 +11,6 @@ use std::pin::Pin;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use futures_lite::FutureExt as _;
 use nix::sys::socket::sockopt::{IpBindAddressNoPort, SetStruct};
 use nix::sys::socket::{SetSockOpt as _, setsockopt};
 use nix::{libc, setsockopt_impl};
@@ -22,7 +21,7 @@ use socket2::{SockRef, Socket, TcpKeepalive};
 use super::outbound::set_outbound_options;
 use super::reactor::Interest;
 use super::socket::Io;
-use super::timer::{sleep, sleep_until, timeout_at};
+use super::timer::{sleep, timeout_at};
 use crate::name_addrs::alternate_families;
 
 /// Time after which [`dial`] tries the next address: the Connection Attempt Delay of RFC 8305 section 5.
@@ -200,30 +199,24 @@ pub async fn dial(
     let mut queue = VecDeque::from(alternate_families(&reachable));
     let mut attempts = VecDeque::new();
     let mut most_specific = None;
-    loop {
+    let most_specific = loop {
         match queue.pop_front() {
             Some(addr) => {
                 let is_replaced = replace_or_add(&mut attempts, limits, Box::pin(attempt(addr, local)));
                 most_specific = most_specific.max(is_replaced.then_some(DialError::TimedOut));
             }
-            None if attempts.is_empty() => return Err(most_specific.unwrap_or(DialError::FamilyUnavailable)),
+            None if attempts.is_empty() => break most_specific,
             None => {}
         }
         let pause = if queue.is_empty() { deadline } else { deadline.min(Instant::now() + ATTEMPT_DELAY) };
-        let first = async { Some(first_done(&mut attempts).await) };
-        let timeout = async {
-            sleep_until(pause).await;
-            None
-        };
-        match first.or(timeout).await {
+        match timeout_at(pause, first_done(&mut attempts)).await {
             Some(Ok(dialed)) => return Ok(dialed),
             Some(Err(error)) => most_specific = most_specific.max(Some(error)),
-            None if Instant::now() >= deadline => {
-                return Err(most_specific.max(Some(DialError::TimedOut)).unwrap_or(DialError::TimedOut));
-            }
+            None if Instant::now() >= deadline => break most_specific.max(Some(DialError::TimedOut)),
             None => {}
         }
-    }
+    };
+    Err(most_specific.unwrap_or(DialError::FamilyUnavailable))
 }
 
 /// The attempts that are running, oldest first. All but one count against the limits.
