@@ -109,7 +109,7 @@ pub fn is_reachable(request: &AccessRequest<'_>, rule: &Rule, route: Route) -> b
     let Some(ip) = request.target_ip else { return true };
     let has_port = request.target_port != Some(0);
     match request.command {
-        Some(Command::Connect) => route != Route::Direct || has_port && is_unicast(ip),
+        Some(Command::Connect) => route.hop.is_some() || has_port && is_unicast(ip),
         // Multicast and broadcast are possible if a rule names them.
         Some(Command::UdpAssociate) => has_port && (is_unicast(ip) || rule.has_to_condition()),
         Some(Command::Bind) | None => true,

@@ -11,6 +11,7 @@ mod dial_shares;
 mod dispatch;
 mod free_memory;
 mod handshakes;
+mod hop_access;
 mod inherited;
 mod limiter;
 mod listen;
@@ -54,7 +55,6 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::Receiver;
 
-use crate::client::Proxy;
 use crate::net::RelayOptions;
 use crate::policy::Policy;
 use counters::COUNTERS;
@@ -63,17 +63,17 @@ pub use inherited::InheritedSocket;
 use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::Listener;
-pub use local_addr::{check_outbound, is_local};
+pub use local_addr::is_local;
 pub use log_queue::{eprint_line, flush};
 pub use log_shares::{LOGFMT_TARGET, admits_detail, current_session};
 use logins::Logins;
 use notify::Notifier;
-pub use options::{Filtering, Hop, Options, Quotas};
+pub use options::{Chains, Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
 pub use run_as::RunAs;
 pub use sandbox::close_inherited_descriptors;
 pub use startup::{ServerError, check};
-use startup::{check_open_relay, ipv6_only, open_listeners, prepare};
+use startup::{check_open_relay, check_outbound, ipv6_only, open_listeners, prepare};
 use state::Server;
 use terminal::Terminal;
 use worker::{Worker, WorkerPool, WorkerReport};
@@ -89,7 +89,7 @@ const DESCRIPTORS_PER_SESSION: u64 = 2;
 const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
 
 /// What a reload replaces: the policy, and the proxies of each hop with their passwords.
-pub type Configuration = (Policy, Vec<Vec<Proxy>>);
+pub type Configuration = (Policy, Vec<Chains>);
 
 /// Reads the configuration again from its files. The error names file, line and word.
 pub type LoadConfiguration<'a> = dyn Fn() -> Result<Configuration, String> + 'a;
@@ -180,13 +180,14 @@ async fn reload(server: &Weak<Server>, loaded: Result<Configuration, String>) {
     let old = server.policy.current();
     let loaded = loaded.and_then(|(policy, hops)| {
         let policy = policy.with_listeners_of(&old.policy);
-        check_open_relay(&policy, &server.options).map_or(Ok((policy, hops)), Err)
+        let error = check_open_relay(&policy, &server.options).or_else(|| check_outbound(&policy, &server.options));
+        error.map_or(Ok((policy, hops)), Err)
     });
     match loaded {
         Err(error) => log::error!("reload: {error}; keeping the current configuration"),
         Ok((policy, hops)) => {
-            for (hop, proxies) in server.options.hops.iter().zip(hops) {
-                hop.set_proxies(proxies);
+            for (hop, chains) in server.options.hops.iter().zip(hops) {
+                hop.set_chains(chains);
             }
             let users = policy.users.as_ref().map_or(0, |users| users.names().len());
             let rules = policy.rules.user_rules().len();

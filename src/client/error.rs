@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::Client;
 use crate::gssapi;
 use crate::net::DialError;
 use crate::proto::{Addr, Rep};
@@ -95,6 +96,24 @@ pub struct ClientError {
     pub target: Option<String>,
     pub phase: Phase,
     pub kind: ClientErrorKind,
+}
+
+impl Client {
+    /// Returns true if the last proxy has been reached and logged in to: it waits for the target.
+    pub fn has_opened(&self) -> bool {
+        let (hop, phase, _) = self.position.get();
+        hop + 1 == self.hops.len() && matches!(phase, Phase::Request | Phase::Accept)
+    }
+
+    /// Returns true if `error`, of this client, is a failure of the proxies and not of the target.
+    pub fn is_at_fault(&self, error: &ClientError) -> bool {
+        match error.kind {
+            ClientErrorKind::Rep(rep) => rep == Rep::GENERAL_FAILURE,
+            ClientErrorKind::NoPeer(_) => false,
+            ClientErrorKind::TimedOut(_) => !self.has_opened(),
+            _ => true,
+        }
+    }
 }
 
 impl fmt::Display for ClientError {

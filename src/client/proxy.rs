@@ -11,6 +11,9 @@ use percent_encoding::percent_decode_str;
 use crate::net::service_port;
 use crate::proto::{self, Addr, Credentials, DEFAULT_PORT, MAX_CREDENTIAL_LEN, split_host_port};
 
+/// End of the URL of a proxy that gets user name and password of the client. A user name cannot follow the host.
+const CLIENT_LOGIN: &str = "?user=client";
+
 /// A SOCKS5 proxy and the credentials for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proxy {
@@ -20,6 +23,8 @@ pub struct Proxy {
     pub uname: Option<Vec<u8>>,
     /// User name and password, if the proxy has both.
     pub credentials: Option<Credentials>,
+    /// Set if the proxy gets user name and password of the client of a server.
+    pub forwards_login: bool,
 }
 
 /// Address of a proxy.
@@ -78,6 +83,11 @@ impl FromStr for Proxy {
             None => (None, None),
         };
         credentials.as_ref().map_or(Ok(()), check_credentials)?;
+        let (address, forwards_login) = match address.strip_suffix(CLIENT_LOGIN) {
+            Some(_) if userinfo.is_some() => return Err(format!("{CLIENT_LOGIN} and a user cannot be combined")),
+            Some(address) => (address, true),
+            None => (address, false),
+        };
         let address = address.trim_end_matches('/');
         let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
             (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
@@ -86,12 +96,15 @@ impl FromStr for Proxy {
             _ if address.contains('/') => {
                 return Err("the URL of a proxy has no path (write unix:/PATH for a Unix socket)".into());
             }
+            _ if address.contains('?') => {
+                return Err(format!("the URL of a proxy has no parameters but {CLIENT_LOGIN}"));
+            }
             _ => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
         };
         if matches!(endpoint, Endpoint::Tcp(Addr { port: 0, .. })) {
             return Err("the port of a proxy must not be 0".into());
         }
-        Ok(Self { endpoint, uname, credentials })
+        Ok(Self { endpoint, uname, credentials, forwards_login })
     }
 }
 
@@ -104,8 +117,15 @@ fn decode_zone(address: &str) -> Cow<'_, str> {
     }
 }
 
-/// Parses a comma-separated list of proxies, nearest first. Error messages do not contain credentials.
+/// Parses a comma-separated list of proxies for a client, as [`parse_chain`].
 pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
+    let hops = parse_chain(text)?;
+    let is_for_servers = hops.iter().any(|hop| hop.forwards_login);
+    if is_for_servers { Err(format!("{CLIENT_LOGIN} is only for s5 serve")) } else { Ok(hops) }
+}
+
+/// Parses a comma-separated list of proxies, nearest first. Error messages do not contain credentials.
+pub fn parse_chain(text: &str) -> Result<Vec<Proxy>, String> {
     let parse = |hop: &str| hop.trim().parse();
     let hops = text.split(',').map(parse).collect::<Result<Vec<Proxy>, String>>().map_err(|error| {
         // Quoted text may be a password, or a part of one.

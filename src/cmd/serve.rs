@@ -22,7 +22,7 @@ use super::cli::values::{
 };
 use crate::client::ClientOptions;
 use crate::gssapi::Initiator;
-use crate::net::{LocalAddr, OutboundOptions};
+use crate::net::OutboundOptions;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{DEFAULT_PORT, Method, PortRange, ProtectionLevel};
@@ -30,7 +30,7 @@ use crate::server::{self, Filtering, Hop, InheritedSocket, ListenAddr, Options, 
 use hops::HopSources;
 use load::{PolicySources, RuleOption};
 use values::{
-    default_threads, one_per_family, parse_allow, parse_balancers, parse_deny, parse_family, parse_filtering,
+    default_threads, one_per_family, outbound, parse_allow, parse_balancers, parse_deny, parse_family, parse_filtering,
     parse_mark, parse_rule,
 };
 
@@ -194,12 +194,13 @@ pub struct ServeArgs {
     keep_sessions: bool,
 
     /// forward all traffic through this proxy or chain. Rules with via= override it. For URL, see CLIENT OPTIONS. User
-    /// and password can also come from --proxy-auth-file or the environment, see PROXY AND CREDENTIALS.
+    /// and password can also come from --proxy-auth-file or the environment, see PROXY AND CREDENTIALS. Of several URLs
+    /// or chains, separated by |, the first one that works is used. See UPSTREAM PROXIES.
     #[argh(option, arg_name = "URL")]
     via: Option<String>,
 
     /// proxy that rules select by via=NAME (repeatable). NAME has letters, digits, -, _ and ., and is not "direct". URL
-    /// may be a chain.
+    /// may be a chain, or several of them, as with --via.
     #[argh(option, arg_name = "NAME=URL")]
     hop: Vec<String>,
 
@@ -364,16 +365,18 @@ impl ServeArgs {
         let via = self.via.as_ref().map(|_| self.hop.len());
         let takes_passwords = self.hop_auth.as_ref().is_none_or(|methods| methods.contains(&Method::PASSWORD));
         // Without a server, no password is needed.
-        let takes_passwords = takes_passwords && self.explain.is_none() && !self.show_rules;
+        let needs_passwords = takes_passwords && self.explain.is_none() && !self.show_rules;
         let login_file = self.proxy_auth_file.take();
+        let hops = HopSources::new(&self.hop, self.via.as_deref(), login_file, needs_passwords)?;
+        hops.check_forwarding(takes_passwords && methods.contains(&Method::PASSWORD))?;
         Ok(PolicySources {
             users: self.users.take(),
             rules: self.rules.take(),
             keytab: self.keytab.clone(),
             rule_options,
             methods,
-            hops: HopSources::new(&self.hop, self.via.as_deref(), login_file, takes_passwords)?,
-            default_route: via.map_or(Route::Direct, Route::Hop),
+            hops,
+            default_route: Route { hop: via, outbound: None },
         })
     }
 
@@ -385,10 +388,6 @@ impl ServeArgs {
         };
         let advertise_bind = or_both(one_per_family("--advertise-bind", self.advertise_bind)?);
         let advertise_udp = or_both(one_per_family("--advertise-udp", self.advertise_udp)?);
-        let outbound = match one_per_family("--outbound", self.outbound)?.as_slice() {
-            [] => LocalAddr::default(),
-            ips => LocalAddr { ips: [ips.first().copied(), ips.get(1).copied()], port: 0 },
-        };
         let offers_gssapi = match &self.hop_auth {
             Some(methods) => methods.contains(&Method::GSSAPI),
             None => Initiator::may_have_tickets(),
@@ -419,7 +418,7 @@ impl ServeArgs {
             threads: self.threads.unwrap_or_else(default_threads),
             advertise_bind,
             advertise_udp,
-            outbound,
+            outbound: outbound(self.outbound)?,
             outbound_options: OutboundOptions {
                 interface: self.outbound_interface,
                 mark: self.mark,

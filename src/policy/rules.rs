@@ -59,7 +59,7 @@ struct FirstRules<'a> {
 
 impl Default for Rules {
     fn default() -> Self {
-        Self::new(Vec::new(), Route::Direct)
+        Self::new(Vec::new(), Route::default())
     }
 }
 
@@ -203,7 +203,7 @@ impl Rules {
     }
 
     fn route(&self, rule: &Rule) -> Route {
-        rule.conditions.via.unwrap_or(self.default_route)
+        Route { hop: rule.conditions.via.unwrap_or(self.default_route.hop), outbound: rule.conditions.outbound }
     }
 
     /// Matches the target of a rule without `to=`, or of a built-in rule.
@@ -231,7 +231,7 @@ impl Rules {
                 match denials.map(matches).max() {
                     Some(Match::Yes) => Match::No,
                     // The hop resolves the name and applies its own rules to the address.
-                    Some(Match::Maybe) if has_only_name && self.route(rule) != Route::Direct => Match::Yes,
+                    Some(Match::Maybe) if has_only_name && self.route(rule).hop.is_some() => Match::Yes,
                     Some(Match::Maybe) => Match::Maybe,
                     Some(Match::No) | None => Match::Yes,
                 }

@@ -35,7 +35,7 @@ use crate::proto::{Addr, Datagram, Host, HostName};
 use crate::reassembly::Reassembler;
 use client_socket::ClientSocket;
 use drop_log::DropLog;
-use egress::Egress;
+use egress::{Egress, OutboundSocket};
 use name_cache::{NameCache, Resolved};
 use upstream::open_only_route;
 
@@ -48,7 +48,7 @@ thread_local! {
 
 pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
     let _shares = session.server().limiter.admit_association(session.log.client_key())?;
-    let egress = Egress::new(session.server().options.outbound, open_only_route(session, control).await?);
+    let egress = Egress { upstreams: open_only_route(session, control).await?, ..Egress::default() };
     let client = ClientSocket::bind(session, control, dst).await.map_err(SessionError::general_failure)?;
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
@@ -60,6 +60,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
         session,
         client,
         egress,
+        batch_route: Route::default(),
         reassembler: Reassembler::default(),
         drop_log: DropLog::default(),
         last_activity: Instant::now(),
@@ -75,6 +76,8 @@ struct AssociationRelay<'a> {
     rate_limit: RateLimit,
     client: ClientSocket,
     egress: Egress,
+    /// Route of the datagrams in the batch.
+    batch_route: Route,
     name_cache: NameCache,
     reassembler: Reassembler,
     drop_log: DropLog,
@@ -126,14 +129,14 @@ impl AssociationRelay<'_> {
 
     /// Applies a reloaded policy. Returns an error if the policy denies the association.
     fn recheck_policy(&mut self) -> Option<String> {
-        let Session { permit, policy, log } = &mut *self.session;
+        let Session { permit, policy, log, .. } = &mut *self.session;
         let denial = permit.server.policy.recheck(log, &log.policy_generation, || None);
         if denial.is_some() || log.policy_generation.get() == policy.generation {
             return denial;
         }
         *policy = permit.server.policy.current();
         let routes = policy.policy.rules.possible_routes(&log.access_request());
-        self.egress.upstreams.retain(|upstream| routes.contains(&Route::Hop(upstream.index)));
+        self.egress.upstreams.retain(|upstream| routes.contains(&upstream.route));
         None
     }
 
@@ -154,9 +157,9 @@ impl AssociationRelay<'_> {
             self.relay_from_client(now, received.datagrams(), to_send);
         }
         let mut has_more = budget == 0;
-        for family in 0..self.egress.sockets.len() {
+        for index in 0..self.egress.sockets.len() {
             let mut budget = MAX_DATAGRAMS_PER_TURN;
-            while let (Some(Some(socket)), 1..) = (self.egress.sockets.get(family), budget) {
+            while let (Some(OutboundSocket { socket, .. }), 1..) = (self.egress.sockets.get(index), budget) {
                 if !socket.poll_receive(cx, received, budget) {
                     break;
                 }
@@ -164,16 +167,16 @@ impl AssociationRelay<'_> {
                 self.relay_from_targets(now, received, to_send);
             }
             has_more |= budget == 0;
-            has_more |= self.record_unreachable(family);
+            has_more |= self.record_unreachable(index);
         }
         has_more | self.relay_from_upstreams(cx, now)
     }
 
     /// Records the ICMP errors that a socket has received about addresses of names. Returns true if it has sent a
     /// datagram to another address, perhaps through a new socket, which has not been polled yet.
-    fn record_unreachable(&mut self, family: usize) -> bool {
+    fn record_unreachable(&mut self, index: usize) -> bool {
         let mut has_sent = false;
-        while let Some(Some(socket)) = self.egress.sockets.get(family)
+        while let Some(OutboundSocket { socket, .. }) = self.egress.sockets.get(index)
             && let Some(addr) = socket.next_unreachable()
         {
             let name = self.egress.sent_to.get(addr.ip()).flatten();
@@ -253,7 +256,10 @@ impl AssociationRelay<'_> {
         if addr.is_none() || addr != batch.peer() {
             self.flush(batch);
             match (self.route(&dst), addr) {
-                (Ok(Some(Route::Direct)), Some(addr)) => batch.begin(addr, |_| {}),
+                (Ok(Some(route @ Route { hop: None, .. })), Some(addr)) => {
+                    self.batch_route = route;
+                    batch.begin(addr, |_| {});
+                }
                 (Ok(route), _) => return self.send(route, &addr.map_or(dst, Addr::from), data),
                 (Err(denial), _) => return self.record_drop(Some(&dst), denial),
             }
@@ -278,7 +284,7 @@ impl AssociationRelay<'_> {
 
     fn flush(&mut self, batch: &mut GsoBatch<'_>) {
         let peer = batch.peer().filter(|_| batch.has_payload());
-        let sent = self.egress.send_batch(&self.session.log, batch);
+        let sent = self.egress.send_batch(self.session, self.batch_route, batch);
         self.count_sent(sent);
         if let Some(peer) = peer.filter(|_| sent == 0) {
             self.record_drop(Some(&peer.into()), "not sent: no route, no socket, or its buffer is full");
@@ -288,7 +294,9 @@ impl AssociationRelay<'_> {
     /// Sends a datagram to a hop or a name, or stores it until its name is resolved.
     fn send(&mut self, route: Option<Route>, dst: &Addr, data: &[u8]) {
         let is_sent = match (route, &dst.host) {
-            (Some(Route::Hop(hop)), _) => self.charge(data.len()) && self.send_to_hop(hop, dst, data),
+            (Some(route @ Route { hop: Some(_), .. }), _) => {
+                self.charge(data.len()) && self.send_to_hop(route, dst, data)
+            }
             (_, Host::Name(name)) => self.send_to_name(name, dst.port, data),
             (_, Host::Ip(_)) => false,
         };
@@ -310,16 +318,16 @@ impl AssociationRelay<'_> {
         }
         while let Some(addr) = selected {
             match self.route_to_addr(addr, Some(name)) {
-                Some(Route::Direct) if self.egress.send(&self.session.log, addr, name, data) => {
+                // A datagram that a hop loses is not sent again, so that the target sees one sender.
+                Some(route @ Route { hop: Some(_), .. }) => {
+                    self.egress.sent_to.insert(addr.ip(), Some(name));
+                    return self.send_to_hop(route, &addr.into(), data);
+                }
+                Some(route) if self.egress.send(self.session, route, addr, name, data) => {
                     self.name_cache.on_sent(name, addr, data);
                     return true;
                 }
-                // A datagram that a hop loses is not sent again, so that the target sees one sender.
-                Some(Route::Hop(hop)) => {
-                    self.egress.sent_to.insert(addr.ip(), Some(name));
-                    return self.send_to_hop(hop, &addr.into(), data);
-                }
-                Some(Route::Direct) | None => {}
+                Some(_) | None => {}
             }
             let has_other = self.name_cache.fail(name, addr);
             selected = if has_other { self.name_cache.select(now, name, port) } else { None };
@@ -332,15 +340,14 @@ impl AssociationRelay<'_> {
 
     /// Sends a datagram through a hop, or stores it until the association with the hop is open. Returns true if it has
     /// been sent.
-    fn send_to_hop(&mut self, index: usize, dst: &Addr, data: &[u8]) -> bool {
+    fn send_to_hop(&mut self, route: Route, dst: &Addr, data: &[u8]) -> bool {
         let Session { permit, log, .. } = &mut *self.session;
-        let Some(hop) = permit.server.options.hops.get(index) else { return false };
+        let Some(hop) = route.hop.and_then(|hop| permit.server.options.hops.get(hop)) else { return false };
         if self.egress.sent_to.insert_through_hop(dst) {
             log.log_target(dst, None, Some(hop));
         }
-        self.egress
-            .upstream(log, index, hop)
-            .is_some_and(|upstream| upstream.send(&permit.server, log.client_key(), dst, data))
+        let upstream = self.egress.upstream(log, route, hop);
+        upstream.is_some_and(|upstream| upstream.send(self.session, dst, data))
     }
 
     /// Sends the datagrams whose names have been resolved. Returns false if there are none.
@@ -412,7 +419,7 @@ impl AssociationRelay<'_> {
         let sent_to = self.egress.sent_to.get(from.ip());
         (accepts_any || sent_to.is_some())
             && self.client.has_port()
-            && self.route_to_addr(from, sent_to.flatten()) == Some(Route::Direct)
+            && self.route_to_addr(from, sent_to.flatten()).is_some_and(|route| route.hop.is_none())
     }
 
     fn flush_answers(&self, batch: &mut GsoBatch<'_>) {

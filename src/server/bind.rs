@@ -9,12 +9,13 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
+use super::hop_access::HopAccess;
 use super::listen::listen_tcp;
 use super::local_addr::{bind_in_range, reachable_addr};
-use super::options::Hop;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::{Session, unless};
+use crate::client::Client;
 use crate::conn::{Conn, to_canonical_addr};
 use crate::net::{
     ACCEPT_RETRY_DELAY, DialError, Interest, Io, LocalAddr, accept, parse_literal, set_outbound_options, sleep,
@@ -32,23 +33,20 @@ pub(super) async fn serve(
     dst: &Addr,
     route: Option<Route>,
 ) -> SessionResult<Conn> {
-    match route.map_or_else(|| session.possible_bind_route(), Ok)? {
-        Route::Direct => bind_directly(session, client, dst).await,
-        Route::Hop(index) => {
-            let hop = session.server().hop(index)?;
-            session.log.add_via(&hop);
-            bind_via_hop(session, client, dst, &hop).await
-        }
+    let route = route.map_or_else(|| session.possible_bind_route(), Ok)?;
+    match session.hop_access(route)? {
+        None => bind_directly(session, client, dst, route).await,
+        Some(access) => bind_via_hop(session, client, dst, &access, route).await,
     }
 }
 
-async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
+async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr, route: Route) -> SessionResult<Conn> {
     let share = session.server().limiter.bind_listeners.try_acquire(session.log.client_key());
     let limit_reached = "limit of BIND listeners reached, or of those of one client (see --bind-ports)";
     let share = share.ok_or_else(|| SessionError::general_failure(limit_reached))?;
     let expected = session.cancellable(client, ExpectedPeer::resolve(session, dst)).await?;
     let control = session.control_addr(client);
-    let outbound = session.server().options.outbound;
+    let outbound = session.outbound(route);
     let unavailable = || SessionError::from_dial(DialError::FamilyUnavailable, dst);
     let (peer, ip) = expected.preferred_addr(control, outbound).ok_or_else(unavailable)?;
     let local = match ip.is_unspecified() {
@@ -60,20 +58,29 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> 
         .await
         .map_err(SessionError::general_failure)?;
     session.reply_success(client, bnd.into(), || None).await?;
-    let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
+    let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected, route).await) }).await;
     drop((listener, share));
     let (peer, addr) = accepted?;
+    session.log_outbound(route, &peer);
     session.log.set_addr(addr);
     session.log.log_connect();
     session.reply_success(client, addr.into(), || Some(addr)).await?;
     Ok(peer)
 }
 
-async fn bind_via_hop(session: &mut Session, client: &mut Conn, dst: &Addr, hop: &Hop) -> SessionResult<Conn> {
+async fn bind_via_hop(
+    session: &mut Session,
+    client: &mut Conn,
+    dst: &Addr,
+    access: &HopAccess,
+    route: Route,
+) -> SessionResult<Conn> {
+    session.log.add_via(&access.hop, None);
     let deadline = Instant::now() + session.server().options.connect_timeout;
-    let proxy = session.server().hop_client(session.log.client_key(), hop, dst.clone(), deadline);
-    let requested = async { proxy.request(Command::Bind).await.map_err(SessionError::from_upstream) };
-    let (mut conn, bnd) = session.cancellable(client, requested).await?;
+    let requested = access.open(dst, deadline, async |proxy: &Client| proxy.request(Command::Bind).await);
+    let ((mut conn, bnd), proxy) = session.cancellable(client, requested).await?;
+    session.log.add_via(&access.hop, Some(&proxy));
+    session.log_outbound(route, &conn);
     session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn, false).await.map_err(SessionError::from_upstream) };
     let peer = session.wait_for_peer(client, accepted).await?;
@@ -87,15 +94,14 @@ async fn bind_via_hop(session: &mut Session, client: &mut Conn, dst: &Addr, hop:
 }
 
 impl Session {
-    /// Returns the route to listen on if the rules need the peer's address: the only possible one, or else `Direct` if
-    /// that is possible. `accept` then closes the connections of denied peers.
+    /// Returns the route to listen on if the rules need the peer's address: the only possible one, or else one without a
+    /// hop. `accept` then closes the connections of peers that are denied or have another route.
     fn possible_bind_route(&self) -> SessionResult<Route> {
-        let routes = self.policy.policy.rules.possible_routes(&self.log.access_request());
-        match routes.as_slice() {
-            [only] => Ok(*only),
-            several if several.contains(&Route::Direct) => Ok(Route::Direct),
-            _ => Err(SessionError::not_allowed("DST must be the peer's address: the rules depend on it")),
-        }
+        let (rules, request) = (&self.policy.policy.rules, self.log.access_request());
+        let direct = || rules.possible_routes(&request).into_iter().filter(|route| route.hop.is_none());
+        let route = rules.only_route(&request).or_else(|| direct().min_by_key(|route| route.outbound.is_some()));
+        let unknown = || SessionError::not_allowed("DST must be the peer's address: the rules depend on it");
+        route.ok_or_else(unknown)
     }
 
     /// Waits for `accept`. Fails at the timeout of BIND, if the client disconnects, or if a reloaded policy denies it.
@@ -116,14 +122,14 @@ impl Session {
     }
 
     /// Accepts the expected peer. Connections of other peers are closed.
-    async fn accept(&self, listener: &Io<TcpListener>, expected: &ExpectedPeer) -> (Conn, SocketAddr) {
+    async fn accept(&self, listener: &Io<TcpListener>, expected: &ExpectedPeer, route: Route) -> (Conn, SocketAddr) {
         loop {
             let accepted = listener.with(Interest::Read, accept).await;
             match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
                 Ok((stream, Some(peer))) => {
                     let peer = to_canonical_addr(peer);
-                    let route = || self.authorize(&with_addr(self.log.access_request(), peer));
-                    if expected.includes(peer) && route().is_ok_and(|route| route == Some(Route::Direct)) {
+                    let decide = || self.authorize(&with_addr(self.log.access_request(), peer));
+                    if expected.includes(peer) && decide().is_ok_and(|decided| decided == Some(route)) {
                         return (Conn::Tcp(stream), peer);
                     }
                     self.log.log_other_peer(peer);

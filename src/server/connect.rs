@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::Session;
+use crate::client::Client;
 use crate::conn::Conn;
 use crate::net::dial;
 use crate::policy::rules::Route;
@@ -19,39 +20,36 @@ pub(super) async fn serve(
 ) -> SessionResult<Conn> {
     let deadline = Instant::now() + session.server().options.connect_timeout;
     let (route, addrs) = session.cancellable(client, session.resolve_route(dst, route, deadline)).await?;
-    let hop = match route {
-        Route::Direct => None,
-        Route::Hop(index) => Some(session.server().hop(index)?),
-    };
-    hop.iter().for_each(|hop| session.log.add_via(hop));
+    let hop = session.hop_access(route)?;
+    hop.iter().for_each(|access| session.log.add_via(&access.hop, None));
     if let [only] = *addrs {
         session.log.set_addr(only);
     }
     let connecting = async {
         match &hop {
             None => {
-                let local = session.server().options.outbound;
-                let dialed = dial(addrs, local, &session.dial_limits(), deadline).await;
+                let dialed = dial(addrs, session.outbound(route), &session.dial_limits(), deadline).await;
                 let (target, addr) = dialed.map_err(|error| SessionError::from_dial(error, dst))?;
                 let target = Conn::Tcp(target);
                 let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
-                Ok((target, bnd.into(), Some(addr)))
+                Ok((target, bnd.into(), Some(addr), None))
             }
-            Some(hop) => {
+            Some(access) => {
                 let targets =
                     if addrs.is_empty() { vec![dst.clone()] } else { addrs.into_iter().map(Addr::from).collect() };
-                let proxy = session.server().hop_client(session.log.client_key(), hop, dst.clone(), deadline);
-                let requested = Box::pin(proxy.request_first(Command::Connect, targets)).await;
-                let (target, bnd, dst) = requested.map_err(SessionError::from_upstream)?;
+                let request = async |client: &Client| client.request_first(Command::Connect, targets.clone()).await;
+                let ((target, bnd, dst), client) = Box::pin(access.open(dst, deadline, request)).await?;
                 let addr = match dst.host {
                     Host::Ip(ip) => Some(SocketAddr::new(ip, dst.port)),
                     Host::Name(_) => None,
                 };
-                Ok((target, bnd, addr))
+                Ok((target, bnd, addr, Some(client)))
             }
         }
     };
-    let (target, bnd, addr) = session.cancellable(client, connecting).await?;
+    let (target, bnd, addr, proxy) = session.cancellable(client, connecting).await?;
+    hop.iter().for_each(|access| session.log.add_via(&access.hop, proxy.as_ref()));
+    session.log_outbound(route, &target);
     if let Some(addr) = addr {
         session.log.set_addr(addr);
     }
@@ -69,8 +67,8 @@ impl Session {
         route: Option<Route>,
         deadline: Instant,
     ) -> SessionResult<(Route, Vec<SocketAddr>)> {
-        if let Some(hop @ Route::Hop(_)) = route {
-            return Ok((hop, Vec::new()));
+        if let Some(route) = route.filter(|route| route.hop.is_some()) {
+            return Ok((route, Vec::new()));
         }
         let mut addrs = self.resolve(dst, deadline).await?;
         let (mut first_denial, mut first_route) = (None, None);

@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
 
-use rustix::net::sockopt::{ip_mtu, ipv6_mtu};
+use rustix::net::sockopt::ipv6_mtu;
 
 use crate::net::{bind_outbound, unspecified, yield_now};
 use crate::proto::PortRange;
@@ -13,9 +13,7 @@ use crate::proto::PortRange;
 const MAX_PORTS_TRIED: u64 = 1024;
 /// Ports tried before other tasks run. One try takes about 1 µs.
 const PORTS_TRIED_PER_TURN: usize = 64;
-/// MTU of the loopback device. IPv4 limits it to the size of a packet.
 const LOOPBACK_MTU: u32 = 65_536;
-const LOOPBACK_MTU_V4: u32 = 65_535;
 
 /// Returns the local address, with port 0, at which `peer` can reach the listener of BIND: the one on the route to it.
 /// The session's client has connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that
@@ -53,12 +51,6 @@ pub(super) fn route_source(mut target: SocketAddr) -> io::Result<SocketAddr> {
     Ok(local)
 }
 
-/// Returns an error unless `ip` can be the source address of connections.
-pub fn check_outbound(ip: IpAddr) -> Result<(), String> {
-    let bound = bind_outbound(SocketAddr::new(ip, 0)).map(drop);
-    bound.map_err(|error| format!("{ip}: {error} (choose an address of this host)"))
-}
-
 /// Returns false if `addr` is certainly not an address of this host: bind(2) refuses it with one of three errors.
 /// Any other error, such as a lack of ports or descriptors, is inconclusive: returns true.
 pub fn is_local(mut addr: SocketAddr) -> bool {
@@ -71,17 +63,14 @@ pub fn is_local(mut addr: SocketAddr) -> bool {
     !matches!(refused, Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
 }
 
-/// Returns true if a local route leads to `addr`, for example to all addresses of a prefix (AnyIP), or only for packets
-/// with a mark: bind(2) refuses such addresses. The path then has the MTU of the loopback device, which no other device
-/// has.
+/// Returns true if a local route of IPv6 leads to `addr`, for example to all addresses of a prefix (AnyIP), or only for
+/// packets with a mark: bind(2) refuses such addresses. The path then has the MTU of the loopback device, which no other
+/// device has. IPv4 does not answer at addresses that bind(2) refuses.
 fn is_delivered_locally(mut addr: SocketAddr) -> bool {
     addr.set_port(9);
-    let probe = bind_outbound(SocketAddr::new(unspecified(addr.ip()), 0));
-    let is_loopback = |probe: UdpSocket| {
-        probe.connect(addr)?;
-        Ok(if addr.is_ipv4() { ip_mtu(probe)? >= LOOPBACK_MTU_V4 } else { ipv6_mtu(probe)? >= LOOPBACK_MTU })
-    };
-    probe.and_then(is_loopback).unwrap_or(false)
+    let probe = bind_outbound((Ipv6Addr::UNSPECIFIED, 0).into());
+    let mtu = probe.and_then(|probe| probe.connect(addr).and(ipv6_mtu(&probe).map_err(io::Error::from)));
+    addr.is_ipv6() && mtu.is_ok_and(|mtu| mtu >= LOOPBACK_MTU)
 }
 
 /// Returns ports of the range to try in turn, from a random start and spread over the range.

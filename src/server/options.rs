@@ -2,8 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
@@ -56,7 +56,7 @@ pub struct Options {
     pub gssapi_acceptor: Option<Acceptor>,
     /// Login methods and Kerberos tickets for hops; passwords are part of each hop.
     pub hop_options: Arc<ClientOptions>,
-    /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into this list.
+    /// Upstreams that rules can select. [`Route::hop`](crate::policy::rules::Route::hop) is an index into this list.
     pub hops: Vec<Arc<Hop>>,
     /// Limits of one client address, one user and one session.
     pub quotas: Quotas,
@@ -89,30 +89,73 @@ impl Options {
     }
 }
 
-/// An upstream: a named chain of other SOCKS5 proxies.
+/// Time after a failure of a chain in which the other chains of its hop are tried first.
+const FAILED_CHAIN_PAUSE: Duration = Duration::from_secs(10);
+
+/// Chains of proxies, nearest first. A chain is used if those before it do not work.
+pub type Chains = Vec<Vec<Proxy>>;
+
+/// An upstream: other SOCKS5 proxies, with a name.
 #[derive(Debug)]
 pub struct Hop {
     /// Name in rules and in the log.
     pub name: String,
-    /// Nearest first, at least one. A reload changes only users and passwords.
-    proxies: RwLock<Vec<Proxy>>,
+    /// Set if a proxy gets user name and password of the client.
+    pub forwards_login: bool,
+    /// At least one. A reload changes only users and passwords.
+    chains: Mutex<Chains>,
+    /// For each chain, the time until which others are tried first.
+    failed_until: Mutex<Vec<Option<Instant>>>,
 }
 
 impl Hop {
-    /// `proxies` has at least one proxy, nearest first.
-    pub fn new(name: String, proxies: Vec<Proxy>) -> Self {
-        Self { name, proxies: RwLock::new(proxies) }
+    /// `chains` has at least one chain, and each has at least one proxy.
+    pub fn new(name: String, chains: Chains) -> Self {
+        let forwards_login = chains.iter().flatten().any(|proxy| proxy.forwards_login);
+        let failed_until = vec![None; chains.len()].into();
+        Self { name, forwards_login, chains: chains.into(), failed_until }
     }
 
-    /// Returns the proxies, nearest first.
-    pub fn proxies(&self) -> Vec<Proxy> {
-        self.proxies.read().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Returns the chains in the order of preference.
+    pub fn chains(&self) -> Chains {
+        lock(&self.chains).clone()
     }
 
-    /// Replaces the proxies of later sessions.
-    pub(super) fn set_proxies(&self, proxies: Vec<Proxy>) {
-        *self.proxies.write().unwrap_or_else(PoisonError::into_inner) = proxies;
+    /// Returns the chains with their indexes, those that have failed lately at the end.
+    pub(super) fn in_order(&self, now: Instant) -> Vec<(usize, Vec<Proxy>)> {
+        let mut failed = lock(&self.failed_until);
+        let is_failed = |failed: &[Option<Instant>], index| failed.get(index).is_some_and(|until| *until > Some(now));
+        let mut chains: Vec<_> = self.chains().into_iter().enumerate().collect();
+        chains.sort_by_key(|(index, _)| is_failed(&failed, *index));
+        // After the pause, one session tries it again before the others do.
+        if let Some(until @ Some(_)) = chains.first().and_then(|(index, _)| failed.get_mut(*index)) {
+            *until = Some(now + FAILED_CHAIN_PAUSE);
+        }
+        chains
     }
+
+    /// Records whether a chain works.
+    pub(super) fn set_failed(&self, index: usize, is_failed: bool) {
+        if let Some(until) = lock(&self.failed_until).get_mut(index) {
+            *until = is_failed.then(|| Instant::now() + FAILED_CHAIN_PAUSE);
+        }
+    }
+
+    /// Returns the name in the log of a session that has used this chain.
+    pub(super) fn log_name(&self, chain: &[Proxy]) -> String {
+        let proxies = chain.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        if lock(&self.chains).len() > 1 { format!("{}={proxies}", self.name) } else { self.name.clone() }
+    }
+
+    /// Replaces the chains of later sessions.
+    pub(super) fn set_chains(&self, chains: Chains) {
+        *lock(&self.chains) = chains;
+        lock(&self.failed_until).fill(None);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Senders whose datagrams a UDP association relays to its client (RFC 4787 section 5).

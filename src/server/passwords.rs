@@ -28,6 +28,15 @@ pub(super) struct Login {
     pub(super) credentials: Credentials,
 }
 
+/// Overwrites the password, so that it does not stay in memory.
+impl Drop for Credentials {
+    fn drop(&mut self) {
+        self.passwd.fill(0);
+        // The compiler could leave out a write that nothing reads.
+        std::hint::black_box(&self.passwd);
+    }
+}
+
 /// The passwords verified lately, by hash of client address and user. Small, because there are many.
 pub(super) struct VerifiedPasswords {
     /// Random key of the digests, which are useless outside of this process. `None` without random numbers: then

@@ -65,21 +65,16 @@ pub(super) fn outbound_capabilities(options: &Options) -> Result<CapabilitySet, 
         return Ok(none);
     }
     let sets = capabilities(None).map_err(|error| error.to_string())?;
-    let mut found = Ok(none);
-    for effective in [none, raw, admin, raw | admin].into_iter().filter(|set| sets.permitted.contains(*set)) {
+    let bind = |effective| {
         let _ = set_capabilities(None, CapabilitySets { effective, ..sets });
-        found = bind_outbound((Ipv4Addr::UNSPECIFIED, 0).into()).map(|_| effective);
-        if !found.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
-            break;
-        }
-    }
+        bind_outbound((Ipv4Addr::UNSPECIFIED, 0).into()).map(|_| effective)
+    };
+    let is_denied = |bound: &io::Result<_>| bound.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
+    let sufficient = [none, raw, admin].into_iter().map(bind).find(|bound| !is_denied(bound));
     let _ = set_capabilities(None, sets);
-    found.map_err(|error| match error.kind() {
-        io::ErrorKind::PermissionDenied => {
-            format!("{error} (start s5 as root, or with CAP_NET_RAW; before Linux 5.17, with CAP_NET_ADMIN)")
-        }
-        _ => error.to_string(),
-    })
+    let hint = "start s5 as root, or with CAP_NET_RAW; before Linux 5.17, with CAP_NET_ADMIN";
+    let bound = sufficient.ok_or_else(|| format!("--mark: permission denied ({hint})"))?;
+    bound.map_err(|error| error.to_string())
 }
 
 /// Switches to the user of `--run-as`, and restricts this process unless `--no-sandbox` is set. Returns a function that

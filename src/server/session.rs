@@ -178,6 +178,9 @@ impl Session {
     ) -> SessionResult<Authenticated> {
         self.log.user = Some(Box::new(credentials.uname.clone().into()));
         let login = Arc::new(Login { client: self.log.client_key(), credentials });
+        if self.server().options.hops.iter().any(|hop| hop.forwards_login) {
+            self.login = Some(login.clone());
+        }
         let (server, started) = (self.server(), Instant::now());
         let verify = async {
             let on_refused = || self.log.set_error(LOGIN_REFUSED);

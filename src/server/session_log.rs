@@ -6,7 +6,7 @@
 use std::ascii::escape_default;
 use std::cell::{Cell, OnceCell};
 use std::fmt::{self, Write as _};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::num::NonZeroU16;
 use std::sync::LazyLock;
 use std::sync::atomic::Ordering;
@@ -19,6 +19,7 @@ use super::log_shares::{LOGFMT_TARGET, Topic, admit};
 use super::options::Hop;
 use super::shares::ClientKey;
 use super::worker;
+use crate::client::Client;
 use crate::net::{ByteCounts, DialError, canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, Rep};
@@ -58,11 +59,13 @@ pub(super) struct SessionLog {
     error: OnceCell<Box<(Topic, String)>>,
 }
 
-/// Other machines that a session passes through.
+/// Other machines that a session passes through, and the source addresses of options and rules that were used. Lists are
+/// separated by commas.
 #[derive(Debug, Default)]
 struct Path {
-    /// The names of all hops that were used, separated by commas.
+    /// The names of all hops that were used.
     via: String,
+    outbound: String,
     /// The load balancer that forwards the client: its address, or `None` on a Unix socket.
     balancer: Option<Option<AddrPort>>,
 }
@@ -165,12 +168,15 @@ impl SessionLog {
         self.addr = AddrPort::new(addr);
     }
 
-    /// Adds a hop to those that were used.
-    pub(super) fn add_via(&mut self, hop: &Hop) {
-        let Path { via, .. } = &mut **self.path.get_or_insert_default();
-        if !via.split(',').any(|name| name == hop.name) {
-            *via = if via.is_empty() { hop.name.clone() } else { format!("{via},{}", hop.name) };
-        }
+    /// Adds a hop to those that were used. `proxy` is the client of the chain that works, once it is known.
+    pub(super) fn add_via(&mut self, hop: &Hop, proxy: Option<&Client>) {
+        let name = proxy.map_or(hop.name.clone(), |proxy| hop.log_name(proxy.hops()));
+        add_to_list(&mut self.path.get_or_insert_default().via, &name, &hop.name);
+    }
+
+    /// Adds a source address to those that were used.
+    pub(super) fn add_outbound(&mut self, ip: IpAddr) {
+        add_to_list(&mut self.path.get_or_insert_default().outbound, &ip.to_string(), "");
     }
 
     /// Returns whether no hop was used.
@@ -366,11 +372,9 @@ impl fmt::Display for Reached<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(log) = self;
         Field(" addr=", log.addr.map(AddrPort::socket_addr)).fmt(f)?;
-        Field(
-            " via=",
-            log.path.as_ref().map(|path| &path.via).filter(|via| !via.is_empty()).map(|via| format!("{via:?}")),
-        )
-        .fmt(f)
+        let Some(Path { via, outbound, .. }) = log.path.as_deref() else { return Ok(()) };
+        Field(" via=", Some(via).filter(|names| !names.is_empty()).map(|names| format!("{names:?}"))).fmt(f)?;
+        Field(" outbound=", Some(outbound).filter(|ips| !ips.is_empty())).fmt(f)
     }
 }
 
@@ -386,6 +390,12 @@ impl fmt::Display for SessionLog {
         write!(f, " up={up} down={down} seconds={}.{:03}", elapsed.as_secs(), elapsed.subsec_millis())?;
         Field(" error=", self.error.get().map(|error| format!("{:?}", error.1))).fmt(f)
     }
+}
+
+/// Adds an entry to a list that is separated by commas, instead of `replaced`.
+fn add_to_list(list: &mut String, entry: &str, replaced: &str) {
+    let others = list.split(',').filter(|other| !other.is_empty() && *other != entry && *other != replaced);
+    *list = others.chain([entry]).collect::<Vec<_>>().join(",");
 }
 
 /// A key with its value; nothing if the value is not known.

@@ -3,14 +3,13 @@
 use std::io;
 use std::mem::take;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
 
 use super::listen::Listener;
-use super::local_addr::{check_outbound, is_local};
-use super::options::{Hop, Options};
+use super::local_addr::is_local;
+use super::options::Options;
 use super::sandbox;
-use crate::client::Endpoint;
-use crate::net::{canonical, parse_literal};
+use crate::client::{Endpoint, Proxy};
+use crate::net::{bind_outbound, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::proto::Host;
 
@@ -51,12 +50,12 @@ pub(super) fn prepare(
     let error = check_open_relay(policy, options).or_else(|| check_proxy_loop(policy, options));
     options.outbound_options.clone().set_for_process();
     let capabilities = sandbox::outbound_capabilities(options).map_err(ServerError::Config)?;
-    let mut outbound = options.outbound.ips.into_iter().flatten().filter(|ip| !ip.is_unspecified());
-    let outbound = outbound.find_map(|ip| check_outbound(ip).err()).map(|error| format!("--outbound {error}"));
-    if let Some(error) = error.or_else(|| sandbox::check_ports(options)).or(outbound) {
+    let error = error.or_else(|| sandbox::check_ports(options)).or_else(|| check_outbound(policy, options));
+    if let Some(error) = error {
         return Err(ServerError::Config(error));
     }
-    let has_hop_passwords = options.hops.iter().flat_map(|hop| hop.proxies()).any(|proxy| proxy.credentials.is_some());
+    let has_hop_passwords =
+        options.hops.iter().flat_map(|hop| hop.chains()).flatten().any(|proxy| proxy.credentials.is_some());
     // Before the first thread.
     sandbox::enter(options, capabilities, policy.users.is_some() || has_hop_passwords)
         .map_err(ServerError::io("switch to the user of --run-as"))
@@ -98,11 +97,21 @@ pub(super) fn check_open_relay(policy: &Policy, options: &Options) -> Option<Str
     })
 }
 
+/// Returns an error if a source address of the options or rules is not an address of this host.
+pub(super) fn check_outbound(policy: &Policy, options: &Options) -> Option<String> {
+    let ips = options.outbound.ips.into_iter().flatten().filter(|ip| !ip.is_unspecified());
+    let of_rules = policy.rules.first_user_rules().flat_map(|rule| rule.outbound().map(move |ip| (Some(rule), ip)));
+    ips.map(|ip| (None, ip)).chain(of_rules).find_map(|(rule, ip)| {
+        let error = bind_outbound(SocketAddr::new(ip, 0)).err()?;
+        let name = rule.map_or("--outbound ".into(), |rule| format!("{}: outbound=", rule.origin()));
+        Some(format!("{name}{ip}: {error} (choose an address of this host)"))
+    })
+}
+
 /// Returns an error if the first proxy of a hop is this server: one request would use up all of its sessions.
 fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
-    let is_this_server = |hop: &&Arc<Hop>| {
-        let proxies = hop.proxies();
-        let Some(Endpoint::Tcp(addr)) = proxies.first().map(|proxy| &proxy.endpoint) else { return false };
+    let is_this_server = |proxy: &Proxy| {
+        let Endpoint::Tcp(addr) = &proxy.endpoint else { return false };
         let ips = match &addr.host {
             Host::Ip(ip) => vec![*ip],
             Host::Name(name) if name.as_str().eq_ignore_ascii_case("localhost") => {
@@ -112,7 +121,8 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
         };
         ips.into_iter().any(|ip| policy.is_own_listener(canonical(ip, addr.port), is_local))
     };
-    let hop = options.hops.iter().find(is_this_server)?;
-    let proxy = hop.proxies().first().map(ToString::to_string).unwrap_or_default();
+    let chains = options.hops.iter().flat_map(|hop| hop.chains().into_iter().map(move |chain| (hop, chain)));
+    let mut first = chains.filter_map(|(hop, chain)| Some((hop, chain.into_iter().next()?)));
+    let (hop, proxy) = first.find(|(_, proxy)| is_this_server(proxy))?;
     Some(format!("hop {}: proxy {proxy} is this server itself (choose another)", hop.name))
 }

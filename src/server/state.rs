@@ -16,16 +16,17 @@ use super::limiter::{Limiter, SessionQuota};
 use super::local_addr::route_source;
 use super::log_shares::Topic;
 use super::logins::Logins;
-use super::options::{Hop, Options};
+use super::options::Options;
+use super::passwords::Login;
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
 use super::reply::{SessionError, SessionResult};
 use super::session_log::SessionLog;
 use super::shared_ports::SharedPorts;
-use super::shares::{ClientKey, ShareGuard};
+use super::shares::ShareGuard;
 use super::worker::WorkerPool;
-use crate::client::{Client, ClientOptions, lookup};
+use crate::client::lookup;
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
-use crate::net::{DialError, RateLimit, RelayOptions, sleep, timeout_at};
+use crate::net::{DialError, LocalAddr, RateLimit, RelayOptions, sleep, timeout_at};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Host, Rep, Reply};
 
@@ -39,22 +40,6 @@ pub(super) struct Server {
     pub(super) relay_options: RelayOptions,
     pub(super) workers: WorkerPool,
     pub(super) shared_ports: Arc<SharedPorts>,
-}
-
-impl Server {
-    /// Returns a client that requests `dst` through `hop`, with the shares of a client of this server.
-    pub(super) fn hop_client(&self, client: ClientKey, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
-        let remaining = deadline.saturating_duration_since(Instant::now());
-        let limits = Some(Arc::new(self.dial_shares.of(client)) as _);
-        let options = ClientOptions { limits, local: self.options.outbound, ..(*self.options.hop_options).clone() };
-        Client::new(hop.proxies(), dst, Some(remaining), Arc::new(options))
-    }
-
-    /// Returns a hop by its index in `Options::hops`.
-    pub(super) fn hop(&self, index: usize) -> SessionResult<Arc<Hop>> {
-        let hop = self.options.hops.get(index).cloned();
-        hop.ok_or_else(|| SessionError::general_failure(format!("hop {index} is not configured")))
-    }
 }
 
 /// Counts a session against all limits until it is dropped, and gives it access to the server.
@@ -79,6 +64,8 @@ impl SessionPermit {
 pub(super) struct Session {
     pub(super) permit: SessionPermit,
     pub(super) log: SessionLog,
+    /// User and password of the client, if a hop may need them.
+    pub(super) login: Option<Arc<Login>>,
     /// The policy at accept. Replaced at a password login, at the request, and by a UDP association after a reload.
     pub(super) policy: Arc<PolicySnapshot>,
 }
@@ -88,7 +75,7 @@ impl Session {
     /// socket.
     pub(super) fn new(server: Arc<Server>, client: Option<SocketAddr>, share: ShareGuard) -> Self {
         let (policy, quota) = (server.policy.current(), server.limiter.session_quota());
-        Self { permit: SessionPermit { server, share, quota }, log: SessionLog::new(client), policy }
+        Self { permit: SessionPermit { server, share, quota }, log: SessionLog::new(client), login: None, policy }
     }
 
     pub(super) fn server(&self) -> &Server {
@@ -126,6 +113,19 @@ impl Session {
         }
         let ip = advertised.iter().find(|ip| ip.is_ipv4() == local.is_ipv4());
         ip.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
+    }
+
+    /// Returns the source addresses on this route.
+    pub(super) fn outbound(&self, route: Route) -> LocalAddr {
+        route.outbound.map_or(self.server().options.outbound, |ips| LocalAddr { ips, port: 0 })
+    }
+
+    /// Logs the source address of a connection, unless the system has chosen it.
+    pub(super) fn log_outbound(&mut self, route: Route, target: &Conn) {
+        let is_fixed = self.outbound(route).ips.iter().flatten().any(|ip| !ip.is_unspecified());
+        if let Some(local) = is_fixed.then(|| target.local_addr()).flatten() {
+            self.log.add_outbound(local.ip());
+        }
     }
 
     /// Returns the limits of lookups and connection attempts for the client.

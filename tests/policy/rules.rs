@@ -51,6 +51,11 @@ fn hops() -> [String; 2] {
     ["a".into(), "b".into()]
 }
 
+/// The route through the hop with this index.
+fn through_hop(index: usize) -> Route {
+    Route { hop: Some(index), outbound: None }
+}
+
 /// Parses rules. Rules without `via=` use `route`.
 fn rules_with_route(route: Route, text: &str) -> Rules {
     let rules = parse_rules(text, "rules", &hops()).unwrap_or_else(|error| panic!("{error}: {text}"));
@@ -58,7 +63,7 @@ fn rules_with_route(route: Route, text: &str) -> Rules {
 }
 
 fn rules(text: &str) -> Rules {
-    rules_with_route(Route::Direct, text)
+    rules_with_route(Route::default(), text)
 }
 
 /// Returns the line of a user rule, or the label of a built-in rule.
@@ -75,8 +80,8 @@ fn label(rule: &Rule) -> String {
 /// Formats action, rule and hop, such as `allow line 1`, `deny protected`, `? line 2` or `allow default-allow a`.
 fn describe(decision: Decision<'_>) -> String {
     match decision {
-        Decision::Allow(rule, Route::Direct) => format!("allow {}", label(rule)),
-        Decision::Allow(rule, Route::Hop(hop)) => format!("allow {} {}", label(rule), hops()[hop]),
+        Decision::Allow(rule, Route { hop: None, .. }) => format!("allow {}", label(rule)),
+        Decision::Allow(rule, Route { hop: Some(hop), .. }) => format!("allow {} {}", label(rule), hops()[hop]),
         Decision::Deny(rule) => format!("deny {}", label(rule)),
         Decision::Undecided(rule) => format!("? {}", label(rule)),
     }

@@ -3,6 +3,7 @@
 
 mod closed_sessions;
 mod explain;
+mod fail_over;
 pub mod hosts;
 mod long_lists;
 mod names;

@@ -53,7 +53,7 @@ pub(crate) fn assign_logins(
     user: Option<&[u8]>,
     missing_password: impl Fn(&Proxy, &[u8]) -> CliResult<Vec<u8>>,
 ) -> CliResult {
-    for hop in hops.iter_mut().filter(|hop| hop.credentials.is_none()) {
+    for hop in hops.iter_mut().filter(|hop| hop.credentials.is_none() && !hop.forwards_login) {
         let uname = hop.uname.as_deref().or(user);
         let found = logins.iter().find(|login| uname.is_none_or(|uname| uname == login.uname));
         let login = match (found, uname) {

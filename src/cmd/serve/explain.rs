@@ -98,7 +98,7 @@ impl Explanation<'_> {
             (Decision::Undecided(_), Some(addr)) => self.report_addrs(&request, &[addr.ip()]),
             (Decision::Undecided(rule), None) => {
                 let subject = format!("{} (its addresses decide)", name.as_str());
-                self.add_line("resolve", &subject, rule, Route::Direct);
+                self.add_line("resolve", &subject, rule, Route::default());
                 let ips = resolve(to, self.options.connect_timeout).map_err(|error| {
                     CliError::new(ExitStatus::USAGE, format!("--explain: {}: {error}", name.as_str()))
                 })?;
@@ -125,7 +125,7 @@ impl Explanation<'_> {
                 return Ok(false);
             }
             Decision::Allow(rule, route) => ("allow", rule, route),
-            Decision::Deny(rule) => ("deny", rule, Route::Direct),
+            Decision::Deny(rule) => ("deny", rule, Route::default()),
             Decision::Undecided(_) => {
                 let to = self.query.to.as_ref().map(ToString::to_string);
                 let problem = match to.as_deref().and_then(|to| to.strip_suffix(":0")) {
@@ -140,11 +140,10 @@ impl Explanation<'_> {
     }
 
     fn add_line(&mut self, decision: &str, subject: &str, rule: &Rule, route: Route) {
-        let via = match route {
-            Route::Direct => String::new(),
-            Route::Hop(hop) => self.options.hops.get(hop).map(|hop| format!(" via {}", hop.name)).unwrap_or_default(),
-        };
-        let _ = writeln!(self.text, "{decision} {subject}{via}: {} ({rule})", rule.origin());
+        let hop = route.hop.and_then(|hop| self.options.hops.get(hop));
+        let via = hop.map(|hop| format!(" via {}", hop.name)).unwrap_or_default();
+        let from = rule.outbound().map(|ip| format!(" from {ip}")).collect::<String>();
+        let _ = writeln!(self.text, "{decision} {subject}{via}{from}: {} ({rule})", rule.origin());
     }
 }
 

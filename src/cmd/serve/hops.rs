@@ -3,10 +3,11 @@
 use std::cell::OnceCell;
 use std::path::Path;
 
-use crate::client::{Proxy, parse_hops};
+use crate::client::{Proxy, parse_chain};
 use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::cmd::netcat::credentials::{assign_logins, is_stream, read_environment, read_login_file};
 use crate::proto::Credentials;
+use crate::server::Chains;
 
 /// Name of the `--via` hop in the log.
 const VIA_HOP_NAME: &str = "--via";
@@ -14,7 +15,7 @@ const VIA_HOP_NAME: &str = "--via";
 #[derive(Debug, Default)]
 pub(super) struct HopSources {
     /// Names and proxies. The `--via` hop is the last.
-    hops: Vec<(String, Vec<Proxy>)>,
+    hops: Vec<(String, Chains)>,
     login_file: Option<String>,
     /// The logins of a file that can be read only once, such as stdin.
     read_once: OnceCell<Vec<Credentials>>,
@@ -47,13 +48,21 @@ impl HopSources {
     }
 
     fn add(&mut self, name: &str, url: &str) -> CliResult {
-        let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("{}: {error}", option(name))))?;
-        self.hops.push((name.into(), proxies));
+        let chains = url.split('|').map(parse_chain).collect::<Result<_, _>>();
+        self.hops.push((name.into(), chains.map_err(|error| CliError::usage(format!("{}: {error}", option(name))))?));
         Ok(())
     }
 
     pub(super) fn names(&self) -> Vec<String> {
         self.hops.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Returns an error if a proxy gets the login of the client, and `is_possible` is not set.
+    pub(super) fn check_forwarding(&self, is_possible: bool) -> CliResult {
+        let is_used =
+            self.hops.iter().flat_map(|(_, chains)| chains.iter().flatten()).any(|proxy| proxy.forwards_login);
+        let problem = "?user=client requires passwords of clients (use --users FILE), and password in --hop-auth";
+        CliError::usage_if(is_used && !is_possible, problem)
     }
 
     /// Returns the file that is read again at each reload.
@@ -65,16 +74,18 @@ impl HopSources {
     ///
     /// # Errors
     /// The file is invalid, or a user has no password.
-    pub(super) fn load(&self) -> CliResult<Vec<Vec<Proxy>>> {
+    pub(super) fn load(&self) -> CliResult<Vec<Chains>> {
         let mut hops = self.hops.clone();
         if self.takes_passwords && !hops.is_empty() {
             let logins = self.read_logins()?;
-            for (name, proxies) in &mut hops {
-                assign_logins(proxies, &logins, None, no_password)
+            for (name, chain) in
+                hops.iter_mut().flat_map(|(name, chains)| chains.iter_mut().map(|chain| (&*name, chain)))
+            {
+                assign_logins(chain, &logins, None, no_password)
                     .map_err(|error| CliError { message: format!("{}: {}", option(name), error.message), ..error })?;
             }
         }
-        Ok(hops.into_iter().map(|(_, proxies)| proxies).collect())
+        Ok(hops.into_iter().map(|(_, chains)| chains).collect())
     }
 
     fn read_logins(&self) -> CliResult<Vec<Credentials>> {

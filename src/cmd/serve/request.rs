@@ -11,8 +11,8 @@ use crate::policy::rules::{AccessRequest, Identity, decode_user};
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, parse_port, split_host_port};
 
 /// Keys of a log line that say nothing about the request.
-const IGNORED: [&str; 12] =
-    ["ts", "level", "msg", "id", "proxy", "via", "bnd", "rep", "up", "down", "seconds", "error"];
+const IGNORED: [&str; 13] =
+    ["ts", "level", "msg", "id", "proxy", "via", "outbound", "bnd", "rep", "up", "down", "seconds", "error"];
 /// Characters of a user name that rules escape, in addition to those that are not ASCII.
 const ESCAPED: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'#').add(b'%').add(b'\'').add(b'*').add(b',');
 

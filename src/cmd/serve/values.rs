@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use ipnet::IpNet;
 
 use super::load::RuleOption;
-use crate::cmd::cli::exit::CliError;
+use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::cmd::cli::values::parse_choice;
+use crate::net::LocalAddr;
 use crate::policy::rules::parse_cidr;
 use crate::server::Filtering;
 
@@ -22,6 +23,14 @@ pub(super) fn one_per_family(option: &str, ips: Vec<IpAddr>) -> Result<Vec<IpAdd
         return Err(CliError::usage(format!("{option}: at most one IPv4 and one IPv6 address")));
     }
     Ok(ips)
+}
+
+/// Returns the source addresses of `--outbound`.
+pub(super) fn outbound(ips: Vec<IpAddr>) -> CliResult<LocalAddr> {
+    Ok(match one_per_family("--outbound", ips)?.as_slice() {
+        [] => LocalAddr::default(),
+        ips => LocalAddr { ips: [ips.first().copied(), ips.get(1).copied()], port: 0 },
+    })
 }
 
 /// Parses a mark: decimal, or hexadecimal with `0x`.

@@ -36,14 +36,13 @@ pub struct Identity<'a> {
     pub level: ProtectionLevel,
 }
 
-/// How a target is reached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Route {
-    /// By connecting from this host.
-    #[default]
-    Direct,
-    /// Through the hop (upstream proxy or chain of proxies) with this index.
-    Hop(usize),
+/// How a target is reached. By default, from this host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Route {
+    /// Index of the hop (upstream proxy or chain of proxies) that the target is reached through.
+    pub hop: Option<usize>,
+    /// Source addresses on this host, at most one of each family. `None`: those of the server.
+    pub outbound: Option<[Option<IpAddr>; 2]>,
 }
 
 /// The action of a rule and its conditions except `to=`. Rules with the same share one. An empty list is no condition.
@@ -56,8 +55,9 @@ pub(super) struct Conditions {
     pub(super) levels: Box<[ProtectionLevel]>,
     pub(super) commands: Box<[Command]>,
     pub(super) ports: Box<[RangeInclusive<u16>]>,
-    /// The route of an `allow`.
-    pub(super) via: Option<Route>,
+    /// The route of an `allow`: a hop or `None` for a direct connection, if it has `via=`, and the source addresses.
+    pub(super) via: Option<Option<usize>>,
+    pub(super) outbound: Option<[Option<IpAddr>; 2]>,
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]

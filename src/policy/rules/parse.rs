@@ -8,7 +8,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use percent_encoding::percent_decode_str;
 
-use super::conditions::{ClientPattern, Conditions, Route, TargetPattern, UserPattern, normalize_name};
+use super::conditions::{ClientPattern, Conditions, TargetPattern, UserPattern, normalize_name};
 use super::rule::{Rule, Source, TargetCondition};
 use crate::policy::PolicyError;
 use crate::proto::{MAX_HOST_NAME_LEN, PortRange, parse_port, split_host_port};
@@ -20,7 +20,7 @@ const MAX_SHOWN: usize = 100;
 /// Maximum length of an entry of a list, in bytes. A user name with escapes has up to 765.
 const MAX_ENTRY: usize = 1000;
 
-const KEYS: &str = "from, user, method, protection, command, to, port, via";
+const KEYS: &str = "from, user, method, protection, command, to, port, via, outbound";
 /// Names of keys in other programs, with the key of a rule.
 const FOREIGN_KEYS: [(&str, &str); 9] = [
     ("client", "from"),
@@ -144,7 +144,8 @@ impl Conditions {
             "to" => value.split(',').try_for_each(|target| parse_target(target).map(drop)),
             "port" => parse_list(value, parse_ports).map(|list| self.ports = list),
             "via" if self.allow => parse_route(value, hops).map(|route| self.via = Some(route)),
-            "via" => Err("only valid with allow".into()),
+            "outbound" if self.allow => parse_outbound(value).map(|outbound| self.outbound = Some(outbound)),
+            "via" | "outbound" => Err("only valid with allow".into()),
             _ => {
                 let own = FOREIGN_KEYS.iter().find(|(foreign, _)| *foreign == key);
                 let hint = own.map_or(format!("keys are {KEYS}"), |(_, own)| format!("write {own}="));
@@ -232,17 +233,27 @@ fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
     range.map(|PortRange(ports)| ports).map_err(invalid)
 }
 
-fn parse_route(text: &str, hops: &[String]) -> Result<Route, String> {
+fn parse_route(text: &str, hops: &[String]) -> Result<Option<usize>, String> {
     if text == DIRECT {
-        return Ok(Route::Direct);
+        return Ok(None);
     }
     if let Some(hop) = hops.iter().position(|hop| hop == text) {
-        return Ok(Route::Hop(hop));
+        return Ok(Some(hop));
     }
     // A URL may contain a password, so it is not shown.
     let is_name = !text.contains([':', '/', '@']);
     let problem = if is_name { format!("no hop named {text:?}") } else { "not the name of a hop".into() };
     Err(format!("{problem} (define hops with --hop NAME=URL)"))
+}
+
+/// Parses source addresses.
+fn parse_outbound(text: &str) -> Result<[Option<IpAddr>; 2], String> {
+    let ips = parse_list(text, |ip| ip.parse::<IpAddr>().map_err(|_| format!("expected an IP address, found {ip:?}")))?;
+    match *ips {
+        [ip] => Ok([Some(ip), None]),
+        [first, second] if first.is_ipv4() != second.is_ipv4() => Ok([Some(first), Some(second)]),
+        _ => Err("at most one IPv4 and one IPv6 address".into()),
+    }
 }
 
 /// Parses an address or a CIDR of `key`. Returns `None` if the text is neither.

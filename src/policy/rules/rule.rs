@@ -1,6 +1,7 @@
 //! One rule: its conditions, and where its text is.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::conditions::{Conditions, UserPattern};
@@ -82,6 +83,11 @@ impl Rule {
 
     pub(crate) fn users(&self) -> &[UserPattern] {
         &self.conditions.users
+    }
+
+    /// Returns the addresses of `outbound=`.
+    pub fn outbound(&self) -> impl Iterator<Item = IpAddr> {
+        self.conditions.outbound.into_iter().flatten().flatten()
     }
 
     /// Returns the entries of `to=`, each with its offset in the text of the source.

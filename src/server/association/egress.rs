@@ -7,55 +7,73 @@ use std::task::Context;
 
 use super::super::options::Hop;
 use super::super::session_log::SessionLog;
+use super::super::shares::ShareGuard;
 use super::super::state::Session;
 use super::sent_to::SentTo;
 use super::upstream::{Upstream, UpstreamEvent, only_route};
-use crate::net::{BatchSocket, GsoBatch, LocalAddr, set_outbound_options, with_scope};
+use crate::net::{BatchSocket, GsoBatch, set_outbound_options, with_scope};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Host, HostName};
 
+#[derive(Default)]
 pub(super) struct Egress {
-    outbound: LocalAddr,
-    /// IPv4 and IPv6, created when first used.
-    pub(super) sockets: [Option<BatchSocket>; 2],
+    /// Created when first used, one for each source address.
+    pub(super) sockets: Vec<OutboundSocket>,
     /// Created when first used.
     pub(super) upstreams: Vec<Upstream>,
     pub(super) sent_to: SentTo,
 }
 
-impl Egress {
-    pub(super) fn new(outbound: LocalAddr, upstreams: Vec<Upstream>) -> Self {
-        Self { outbound, sockets: [None, None], upstreams, sent_to: SentTo::default() }
-    }
+pub(super) struct OutboundSocket {
+    local: SocketAddr,
+    pub(super) socket: BatchSocket,
+    /// For its descriptor, if it is not one of the two that each association may have.
+    _share: Option<ShareGuard>,
+}
 
+impl Egress {
     /// Sends one datagram to an address of `name`. Returns false if it is lost.
-    pub(super) fn send(&mut self, log: &SessionLog, addr: SocketAddr, name: &HostName, data: &[u8]) -> bool {
+    pub(super) fn send(
+        &mut self,
+        session: &mut Session,
+        route: Route,
+        addr: SocketAddr,
+        name: &HostName,
+        data: &[u8],
+    ) -> bool {
         if self.sent_to.insert(addr.ip(), Some(name)) {
             let dst = Addr { host: Host::Name(name.clone()), port: addr.port() };
-            log.log_target(&dst, Some(addr), None);
+            session.log.log_target(&dst, Some(addr), None);
         }
-        let Ok(socket) = self.socket(addr) else { return false };
+        let Ok(socket) = self.socket(session, route, addr) else { return false };
         socket.report_unreachable(addr.ip());
         socket.send_bytes(Some(addr), data).is_ok()
     }
 
     /// Returns the association with a hop, which may not be open yet.
-    pub(super) fn upstream(&mut self, log: &mut SessionLog, index: usize, hop: &Arc<Hop>) -> Option<&mut Upstream> {
-        if !self.upstreams.iter().any(|upstream| upstream.index == index) {
-            log.add_via(hop);
-            self.upstreams.push(Upstream::new(index, hop.clone()));
+    pub(super) fn upstream(&mut self, log: &mut SessionLog, route: Route, hop: &Arc<Hop>) -> Option<&mut Upstream> {
+        if !self.upstreams.iter().any(|upstream| upstream.route == route) {
+            log.add_via(hop, None);
+            self.upstreams.push(Upstream::new(route, hop.clone()));
         }
-        self.upstreams.iter_mut().find(|upstream| upstream.index == index)
+        self.upstreams.iter_mut().find(|upstream| upstream.route == route)
     }
 
     /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent if one has
     /// opened, and an error if the only possible route has closed.
-    pub(super) fn poll_upstreams(&mut self, session: &Session, cx: &mut Context<'_>) -> Result<Option<usize>, String> {
+    pub(super) fn poll_upstreams(
+        &mut self,
+        session: &mut Session,
+        cx: &mut Context<'_>,
+    ) -> Result<Option<usize>, String> {
         let mut sent = None;
         for upstream in &mut self.upstreams {
             match upstream.poll(cx) {
-                Some(UpstreamEvent::Opened(bytes)) => sent = Some(sent.unwrap_or_default() + bytes),
-                Some(UpstreamEvent::Closed(error)) if only_route(session) == Some(Route::Hop(upstream.index)) => {
+                Some(UpstreamEvent::Opened(bytes, proxy)) => {
+                    session.log.add_via(&upstream.hop, Some(&proxy));
+                    sent = Some(sent.unwrap_or_default() + bytes);
+                }
+                Some(UpstreamEvent::Closed(error)) if only_route(session) == Some(upstream.route) => {
                     return Err(error);
                 }
                 Some(UpstreamEvent::Failed(error) | UpstreamEvent::Closed(error)) => {
@@ -68,26 +86,30 @@ impl Egress {
     }
 
     /// Sends and clears a batch. Returns the number of bytes sent.
-    pub(super) fn send_batch(&mut self, log: &SessionLog, batch: &mut GsoBatch<'_>) -> usize {
+    pub(super) fn send_batch(&mut self, session: &mut Session, route: Route, batch: &mut GsoBatch<'_>) -> usize {
         let Some(dst) = batch.peer().filter(|_| !batch.is_empty()) else { return 0 };
         if self.sent_to.insert(dst.ip(), None) {
-            log.log_target(&dst, Some(dst), None);
+            session.log.log_target(&dst, Some(dst), None);
         }
-        let sent = self.socket(dst).map_or(0, |socket| socket.send_batch(Some(dst), batch));
+        let sent = self.socket(session, route, dst).map_or(0, |socket| socket.send_batch(Some(dst), batch));
         batch.clear();
         sent
     }
 
-    fn socket(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {
-        let [v4, v6] = &mut self.sockets;
-        let socket = if addr.is_ipv4() { v4 } else { v6 };
-        match socket {
-            Some(socket) => Ok(socket),
-            unset => {
-                let local = self.outbound.ip_to(addr.ip()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-                let local = with_scope(SocketAddr::new(local, 0), addr);
-                Ok(unset.insert(BatchSocket::bind(local, set_outbound_options)?))
+    fn socket(&mut self, session: &mut Session, route: Route, addr: SocketAddr) -> io::Result<&BatchSocket> {
+        let ip = session.outbound(route).ip_to(addr.ip()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let local = with_scope(SocketAddr::new(ip, 0), addr);
+        let index = self.sockets.iter().position(|socket| socket.local == local);
+        let index = index.unwrap_or(self.sockets.len());
+        if index == self.sockets.len() {
+            let counted = || session.server().limiter.count_descriptors(session.log.client_key());
+            let share = if index < 2 { None } else { Some(counted().ok_or(io::ErrorKind::QuotaExceeded)?) };
+            if !ip.is_unspecified() {
+                session.log.add_outbound(ip);
             }
+            let socket = BatchSocket::bind(local, set_outbound_options)?;
+            self.sockets.push(OutboundSocket { local, socket, _share: share });
         }
+        self.sockets.get(index).map(|socket| &socket.socket).ok_or(io::ErrorKind::NotFound.into())
     }
 }

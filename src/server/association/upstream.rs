@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use super::super::hop_access::HopAccess;
 use super::super::options::Hop;
 use super::super::reply::{SessionError, SessionResult};
-use super::super::shares::{ClientKey, ShareGuard};
-use super::super::state::{Server, Session};
-use crate::client::{Association, ClientError};
+use super::super::shares::ShareGuard;
+use super::super::state::Session;
+use crate::client::{Association, Client};
 use crate::conn::Conn;
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Host};
@@ -25,8 +26,7 @@ const DATAGRAM_OVERHEAD: usize = 64;
 
 /// The association with one hop, for datagrams that the rules route through it.
 pub(super) struct Upstream {
-    /// Index in `Options::hops`.
-    pub(super) index: usize,
+    pub(super) route: Route,
     pub(super) hop: Arc<Hop>,
     state: UpstreamState,
     /// Earliest time of the next attempt to open it.
@@ -47,12 +47,12 @@ enum UpstreamState {
     Open { association: Rc<Association>, closed: Pin<Box<dyn Future<Output = String>>> },
 }
 
-type OpeningUpstream = Pin<Box<dyn Future<Output = Result<Association, ClientError>>>>;
+type OpeningUpstream = Pin<Box<dyn Future<Output = SessionResult<(Association, Client)>>>>;
 
 /// What [`Upstream::poll`] has noticed.
 pub(super) enum UpstreamEvent {
     /// It is open. The waiting datagrams with this number of payload bytes have been sent.
-    Opened(usize),
+    Opened(usize, Box<Client>),
     /// Opening it has failed with this error.
     Failed(String),
     /// A proxy has closed it.
@@ -60,9 +60,9 @@ pub(super) enum UpstreamEvent {
 }
 
 impl Upstream {
-    pub(super) fn new(index: usize, hop: Arc<Hop>) -> Self {
+    pub(super) fn new(route: Route, hop: Arc<Hop>) -> Self {
         Self {
-            index,
+            route,
             hop,
             state: UpstreamState::Closed,
             next_attempt: Instant::now(),
@@ -74,14 +74,13 @@ impl Upstream {
     }
 
     /// Opens an association with the hop within the connect timeout.
-    pub(super) fn open(
-        server: &Server,
-        client: ClientKey,
-        hop: &Hop,
-    ) -> impl Future<Output = Result<Association, ClientError>> + use<> {
-        let deadline = Instant::now() + server.options.connect_timeout;
-        let client = server.hop_client(client, hop, Addr::UNSPECIFIED, deadline);
-        async move { client.associate().await }
+    pub(super) fn open(session: &Session, route: Route) -> OpeningUpstream {
+        let deadline = Instant::now() + session.server().options.connect_timeout;
+        let access = session.hop_access(route);
+        Box::pin(async move {
+            let access = access?.ok_or_else(|| SessionError::general_failure("the hop is not configured"))?;
+            access.open(&Addr::UNSPECIFIED, deadline, async |proxy: &Client| proxy.associate().await).await
+        })
     }
 
     pub(super) fn set_open(&mut self, association: Association) {
@@ -100,16 +99,17 @@ impl Upstream {
     }
 
     /// Sends one datagram, or stores it until the association is open. Returns true if it has been sent.
-    pub(super) fn send(&mut self, server: &Server, client: ClientKey, dst: &Addr, data: &[u8]) -> bool {
+    pub(super) fn send(&mut self, session: &Session, dst: &Addr, data: &[u8]) -> bool {
         if let Some(is_sent) = self.send_open(dst, data) {
             return is_sent;
         }
         let now = Instant::now();
         if matches!(self.state, UpstreamState::Closed) && now >= self.next_attempt {
             self.next_attempt = now + RETRY_INTERVAL;
-            self.share = self.share.take().or_else(|| server.limiter.count_descriptors(client));
+            self.share =
+                self.share.take().or_else(|| session.server().limiter.count_descriptors(session.log.client_key()));
             if self.share.is_some() {
-                self.state = UpstreamState::Opening(Box::pin(Self::open(server, client, &self.hop)));
+                self.state = UpstreamState::Opening(Self::open(session, self.route));
             }
         }
         let waiting: usize = self.waiting.iter().map(|(_, data)| data.len() + DATAGRAM_OVERHEAD).sum();
@@ -128,14 +128,14 @@ impl Upstream {
             UpstreamState::Closed => None,
             UpstreamState::Opening(opening) => match opening.as_mut().poll(cx) {
                 Poll::Pending => None,
-                Poll::Ready(Ok(association)) => {
+                Poll::Ready(Ok((association, proxy))) => {
                     self.set_open(association);
-                    Some(UpstreamEvent::Opened(self.send_waiting()))
+                    Some(UpstreamEvent::Opened(self.send_waiting(), Box::new(proxy)))
                 }
                 Poll::Ready(Err(error)) => {
                     self.state = UpstreamState::Closed;
                     self.dropped += self.waiting.drain(..).count();
-                    Some(UpstreamEvent::Failed(error.to_string()))
+                    Some(UpstreamEvent::Failed(error.reason))
                 }
             },
             UpstreamState::Open { closed, .. } => match closed.as_mut().poll(cx) {
@@ -166,13 +166,13 @@ impl Upstream {
 /// Opens the association with a hop if the rules allow no other route: if the hop fails, the client receives its error
 /// instead of losing all datagrams. With several routes, each hop is opened when it is needed.
 pub(super) async fn open_only_route(session: &mut Session, control: &Conn) -> SessionResult<Vec<Upstream>> {
-    let Some(Route::Hop(index)) = only_route(session) else { return Ok(Vec::new()) };
-    let hop = session.server().hop(index)?;
-    session.log.add_via(&hop);
-    let opening = Upstream::open(session.server(), session.log.client_key(), &hop);
-    let opening = async { opening.await.map_err(SessionError::from_upstream) };
-    let association = session.cancellable(control, opening).await?;
-    let mut upstream = Upstream::new(index, hop);
+    let Some(route) = only_route(session) else { return Ok(Vec::new()) };
+    let Some(HopAccess { hop, .. }) = session.hop_access(route)? else { return Ok(Vec::new()) };
+    session.log.add_via(&hop, None);
+    let opening = Upstream::open(session, route);
+    let (association, proxy) = session.cancellable(control, opening).await?;
+    session.log.add_via(&hop, Some(&proxy));
+    let mut upstream = Upstream::new(route, hop);
     upstream.set_open(association);
     Ok(vec![upstream])
 }

@@ -17,7 +17,7 @@ fuzz_target!(|text: &str| {
     };
     let spaced: String = text.lines().map(|line| format!("  {line}  # comment\n")).collect();
     let again = parse_rules(spaced, "file", &hops).expect("comments change nothing");
-    let (rules, again) = (Rules::new(rules, Route::Direct), Rules::new(again, Route::Direct));
+    let (rules, again) = (Rules::new(rules, Route::default()), Rules::new(again, Route::default()));
     let name: HostName = "name.example".parse().expect("valid name");
     let ips: [IpAddr; 3] =
         [Ipv4Addr::LOCALHOST.into(), Ipv4Addr::new(198, 51, 100, 1).into(), Ipv6Addr::LOCALHOST.into()];

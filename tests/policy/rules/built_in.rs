@@ -5,11 +5,13 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use s5::policy::Policy;
-use s5::policy::rules::{AccessRequest, Route, Rules};
+use s5::policy::rules::{AccessRequest, Rules};
 use s5::policy::users::Users;
 use s5::proto::Method;
 
-use super::{OWN_LISTENER, PROTECTED, UNPROTECTED, describe, embedded_addrs, evaluate, ip, rules, rules_with_route};
+use super::{
+    OWN_LISTENER, PROTECTED, UNPROTECTED, describe, embedded_addrs, evaluate, ip, rules, rules_with_route, through_hop,
+};
 
 const REMOTE_CLIENTS: [&str; 4] = ["192.0.2.7", "10.1.2.3", "2001:db8::7", "fe80::7"];
 const LOOPBACK_CLIENTS: [&str; 3] = ["127.0.0.1", "127.1.2.3", "::1"];
@@ -144,7 +146,7 @@ fn own_listeners_are_denied_to_every_client() {
         assert_eq!(evaluate(&rules(""), &format!("from=::1 {other}")), "allow default-allow");
     }
     assert_eq!(
-        evaluate(&rules_with_route(Route::Hop(0), "allow"), &format!("from=::1 {to_own_listener}")),
+        evaluate(&rules_with_route(through_hop(0), "allow"), &format!("from=::1 {to_own_listener}")),
         "deny own-listener"
     );
 }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Route, Rules};
 
 use super::generators::{is_own_listener, parse_route};
-use super::{describe, evaluate, rules, rules_with_route};
+use super::{describe, evaluate, rules, rules_with_route, through_hop};
 
 /// Facts that are known after the login.
 const LOGGED_IN: &str = "method=password user=alice";
@@ -75,7 +75,7 @@ fn request_is_denied_as_soon_as_no_later_fact_can_allow_it() {
 
 #[test]
 fn name_is_allowed_before_resolution_if_rule_names_it_or_hop_resolves_it() {
-    let (direct, hop) = (Route::Direct, Route::Hop(1));
+    let (direct, hop) = (Route::default(), through_hop(1));
     let table = [
         // The rule names it, and no rule with an address precedes.
         (direct, "allow to=.example.org", "allow line 1"),
@@ -148,7 +148,9 @@ pub fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCa
     for (stage, early) in answers.iter().enumerate() {
         // If a hop resolves the name, its address never becomes known.
         let is_resolved_by_hop = match early {
-            Decision::Allow(rule, Route::Hop(_)) => stage / 8 == NAME && !rule.to_string().contains(" to="),
+            Decision::Allow(rule, Route { hop: Some(_), .. }) => {
+                stage / 8 == NAME && !rule.to_string().contains(" to=")
+            }
             _ => false,
         };
         for (other, late) in answers.iter().enumerate() {
@@ -177,14 +179,14 @@ pub fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCa
 fn only_route_ignores_rules_after_one_that_decides_all_targets() {
     let (hop, other) = (parse_route("a"), parse_route("b"));
     for (text, route, only) in [
-        ("", Route::Direct, Some(Route::Direct)),
+        ("", Route::default(), Some(Route::default())),
         ("", hop, Some(hop)),
-        ("allow via=a\nallow to=.example via=b", Route::Direct, Some(hop)),
-        ("allow to=.example via=a", Route::Direct, None),
-        ("allow to=.example via=a\nallow via=b", Route::Direct, None),
+        ("allow via=a\nallow to=.example via=b", Route::default(), Some(hop)),
+        ("allow to=.example via=a", Route::default(), None),
+        ("allow to=.example via=a\nallow via=b", Route::default(), None),
         ("allow to=.example via=a\nallow via=a", other, Some(hop)),
-        ("allow to=.example via=a\ndeny", Route::Direct, Some(hop)),
-        ("allow user=alice via=a", Route::Direct, None),
+        ("allow to=.example via=a\ndeny", Route::default(), Some(hop)),
+        ("allow user=alice via=a", Route::default(), None),
     ] {
         assert_eq!(rules_with_route(route, text).only_route(&AccessRequest::default()), only, "{text:?}");
     }

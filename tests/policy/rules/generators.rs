@@ -48,6 +48,7 @@ const REALMS: [&[u8]; 4] = [b"example.org", b"example.com", b"*%@y", b"y"];
 const PORTS: [u16; 10] = [1, 22, 79, 80, 81, 443, 1079, 1080, 1081, 65535];
 const PREFIXES: [u32; 17] = [0, 1, 3, 4, 7, 8, 10, 16, 24, 31, 32, 48, 64, 96, 97, 127, 128];
 pub const ROUTES: [&str; 3] = ["direct", "a", "b"];
+const OUTBOUND: [&str; 3] = ["192.0.2.1", "2001:db8::1", "192.0.2.1,2001:db8::1"];
 
 pub fn std_ip(ip: Ip) -> IpAddr {
     match ip {
@@ -160,12 +161,13 @@ pub fn any_rule() -> impl Strategy<Value = Rule> {
         3 => select(&USERS[..]).prop_map(UserPattern::Named),
         2 => select(&REALMS[..]).prop_map(UserPattern::Realm),
     ];
-    let route = option::of(select(&ROUTES[..]));
+    let route = (option::of(select(&ROUTES[..])), option::weighted(0.2, select(&OUTBOUND[..])));
     let client = (up_to_three(source), up_to_three(user), subset(&METHODS), subset(&COMMANDS));
     let target = (up_to_three(any_target_pattern()), up_to_three(any_ports()), route);
     (any::<bool>(), client, target, any::<u64>()).prop_map(|(allow, client, target, style)| {
-        let ((from, users, methods, commands), (to, ports, via)) = (client, target);
-        Rule { allow, from, users, methods, commands, to, ports, via: via.filter(|_| allow), style }
+        let ((from, users, methods, commands), (to, ports, route)) = (client, target);
+        let (via, outbound) = if allow { route } else { (None, None) };
+        Rule { allow, from, users, methods, commands, to, ports, via, outbound, style }
     })
 }
 
@@ -200,8 +202,8 @@ pub fn facts<'a>(request: &AccessRequest, name: Option<&'a HostName>) -> rules::
 
 pub fn parse_route(route: &str) -> Route {
     match route {
-        "direct" => Route::Direct,
-        hop => Route::Hop(super::hops().iter().position(|name| name == hop).expect("known hop")),
+        "direct" => Route::default(),
+        hop => super::through_hop(super::hops().iter().position(|name| name == hop).expect("known hop")),
     }
 }
 
@@ -244,6 +246,7 @@ fn words(rule: &Rule) -> Vec<String> {
         ("to", list(&rule.to, |to| target(to, style))),
         ("port", list(&rule.ports, ports)),
         ("via", rule.via.unwrap_or_default().to_owned()),
+        ("outbound", rule.outbound.unwrap_or_default().to_owned()),
     ];
     words.retain(|(_, value)| !value.is_empty());
     let conditions = words.len().max(1);

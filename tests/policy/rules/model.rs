@@ -47,6 +47,7 @@ pub struct Rule {
     pub to: Vec<TargetPattern>,
     pub ports: Vec<(u16, u16)>,
     pub via: Option<&'static str>,
+    pub outbound: Option<&'static str>,
     /// Selects the spelling of the rule. Does not affect its meaning.
     pub style: u64,
 }

@@ -99,22 +99,27 @@ impl Facts {
 }
 
 /// A rule: label, whether it is an `allow`, its match and its route.
-type Row = (String, bool, Match, &'static str);
+type Row = (String, bool, Match, String);
 
 /// Matches all rules.
 fn rows(rules: &[Rule], file: &RulesFile, default_route: &'static str, facts: &Facts) -> Vec<Row> {
     let mut rows: Vec<Row> = Vec::new();
     for (rule, (line, text)) in rules.iter().zip(&file.lines) {
         let route = rule.via.unwrap_or(default_route);
-        rows.push((format!("rules line {line} ({text})"), rule.allow, facts.matches(rule, route), route));
+        rows.push((
+            format!("rules line {line} ({text})"),
+            rule.allow,
+            facts.matches(rule, route),
+            with_outbound(route, rule.outbound),
+        ));
     }
     if !rules.iter().any(|rule| rule.allow && !rule.from.is_empty()) {
         let matches = facts.matches(&rule_without_conditions(true), default_route);
-        rows.push(("default-allow".into(), true, matches, default_route));
+        rows.push(("default-allow".into(), true, matches, with_outbound(default_route, None)));
     }
-    rows.push(("own-listener".into(), false, facts.own_listener(), ""));
-    rows.push(("protected".into(), false, facts.protected(), ""));
-    rows.push(("default-deny".into(), false, Match::Yes, ""));
+    let denials =
+        [("own-listener", facts.own_listener()), ("protected", facts.protected()), ("default-deny", Match::Yes)];
+    rows.extend(denials.map(|(label, matches)| (label.into(), false, matches, String::new())));
     rows
 }
 
@@ -140,7 +145,7 @@ fn routes(rows: &[Row]) -> Vec<String> {
     let mut routes: Vec<String> = Vec::new();
     for (.., route) in rows.iter().filter(|(_, allow, matches, _)| *allow && *matches > Match::No) {
         if !routes.iter().any(|known| known == route) {
-            routes.push((*route).to_owned());
+            routes.push(route.clone());
         }
     }
     routes
@@ -148,7 +153,18 @@ fn routes(rows: &[Row]) -> Vec<String> {
 
 fn rule_without_conditions(allow: bool) -> Rule {
     let (to, ports) = (vec![], vec![]);
-    Rule { allow, from: vec![], users: vec![], methods: vec![], commands: vec![], to, ports, via: None, style: 0 }
+    Rule {
+        allow,
+        from: vec![],
+        users: vec![],
+        methods: vec![],
+        commands: vec![],
+        to,
+        ports,
+        via: None,
+        outbound: None,
+        style: 0,
+    }
 }
 
 /// Formats a decision of s5, with origin and text of the rule.
@@ -164,8 +180,16 @@ fn describe(decision: Decision<'_>) -> String {
     }
 }
 
+/// Formats a route as [`name_of`].
+fn with_outbound(via: &str, outbound: Option<&str>) -> String {
+    outbound.map_or(via.into(), |outbound| format!("{via} from {outbound}"))
+}
+
 fn name_of(route: s5::policy::rules::Route) -> String {
-    ROUTES.iter().find(|name| parse_route(name) == route).expect("known route").to_string()
+    let via = ROUTES.iter().find(|name| parse_route(name).hop == route.hop).expect("known route");
+    let ips =
+        route.outbound.map(|ips| ips.into_iter().flatten().map(|ip| ip.to_string()).collect::<Vec<_>>().join(","));
+    with_outbound(via, ips.as_deref())
 }
 
 /// Fails unless s5 and the scan decide alike at each stage of the request. Returns the decision with all facts.

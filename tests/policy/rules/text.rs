@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, normalize_name, parse_rule, parse_rules};
 use s5::proto::{Method, ProtectionLevel};
 
-use super::{config, evaluate, hops, rules, rules_with_route};
+use super::{config, evaluate, hops, rules, rules_with_route, through_hop};
 
 /// All facts of an ordinary request.
 const BASE: &str = "from=192.0.2.7 method=password user=alice command=connect ip=198.51.100.1 port=80";
@@ -169,7 +169,7 @@ fn port_matches_number_or_inclusive_range() {
 
 #[test]
 fn via_selects_route() {
-    for (default, route) in [(Route::Direct, ""), (Route::Hop(0), " a"), (Route::Hop(1), " b")] {
+    for (default, route) in [(Route::default(), ""), (through_hop(0), " a"), (through_hop(1), " b")] {
         for (via, expected) in [("", route), ("via=direct", ""), ("via=a", " a"), ("via=b", " b")] {
             let answer = evaluate(&rules_with_route(default, &format!("allow {via}")), BASE);
             assert_eq!(answer, format!("allow line 1{expected}"), "{via:?} with {default:?}");
@@ -333,6 +333,20 @@ fn via_requires_allow_and_one_defined_hop() {
     }
     parse_rule("allow via=a", "", &[]).expect_err("no hop is defined");
     parse_rule("allow via=direct", "", &[]).expect("direct requires no hop");
+}
+
+#[test]
+fn outbound_requires_allow_and_one_address_per_family() {
+    for bad in ["eth0", "192.0.2.0/24", "192.0.2.1,192.0.2.2", "::1,::2", "192.0.2.1,::1,::2", "[::1]", "192.0.2.1:80"]
+    {
+        check_error(&format!("allow outbound={bad}"), &["outbound="]);
+    }
+    check_error("deny outbound=192.0.2.1", &["outbound=: only valid with allow"]);
+    let rules = rules("allow outbound=192.0.2.1,2001:db8::1 via=a");
+    let Decision::Allow(_, route) = rules.evaluate(&AccessRequest::default(), &|_| false) else {
+        return assert!(rules.only_route(&AccessRequest::default()).is_some_and(|route| route.outbound.is_some()));
+    };
+    assert_eq!((route.hop, route.outbound.is_some()), (Some(0), true));
 }
 
 proptest! {

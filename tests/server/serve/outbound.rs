@@ -126,7 +126,6 @@ fn mark_and_interface_select_the_route_of_all_commands_and_of_hops() {
         done
         ip rule add fwmark 42 table 100; ip -6 rule add fwmark 42 table 100
         ip addr del 10.9.1.5/24 dev s1; ip addr del fd09:1::5/64 dev s1
-        ip route add local 198.51.100.9 dev lo src 10.9.1.1 table 100
         ip -6 route add local 2001:db8::9 dev lo src fd09:1::1 table 100";
     sh(host.command("sh"), routes);
     let by = |sources: [&'static str; 2]| {
@@ -142,11 +141,8 @@ fn mark_and_interface_select_the_route_of_all_commands_and_of_hops() {
         by(sources);
         if args == ["--mark", "0x2a"] {
             server.wait_log(|log| log.contains("sandbox: only CAP_NET_RAW, "));
-            // Only marked packets reach these addresses of the host, and so its listener.
-            let own = ["198.51.100.9:1080", "[2001:db8::9]:1080"];
-            for (row, own) in rows().into_iter().zip(own) {
-                assert_eq!(session(row, CONNECT, own).1, 2, "{own}");
-            }
+            // Only marked packets reach this address of the host, and so its listener.
+            assert_eq!(session(rows()[1], CONNECT, "[2001:db8::9]:1080").1, 2);
         }
         drop(server);
         for ((client, server_addr, at), source) in far.into_iter().zip(sources) {
@@ -207,8 +203,64 @@ fn prefer_selects_the_first_family_of_a_name() {
 }
 
 #[test]
+fn rules_select_the_source_address_of_all_commands_and_of_connections_to_hops() {
+    enter_namespace!("", "");
+    let host = host();
+    let dir = temp_dir();
+    let text = "allow from=10.9.0.2,fd09::2 to=10.9.1.2 outbound=10.9.1.5\nallow to=10.9.1.3 outbound=10.9.1.6\n\
+                allow to=fd09:1::2 outbound=fd09:1::5,10.9.1.5\nallow from=10.9.0.2,fd09::2\n";
+    let rules = write_file(dir.path(), "rules", text);
+    sh(host.command("sh"), "ip addr add 10.9.1.6/24 dev s1; ip addr add 10.9.1.7/24 dev s1");
+    let server = host.serve(&["--rules", &rules, "--outbound", "10.9.1.7", "-v"]);
+    let [v4, v6] = rows();
+    let other = (v4.0, v4.1, "10.9.1.3", "10.9.1.6");
+    for row in [v4, other, v6, (v4.0, v4.1, "10.9.0.3", "10.9.1.7")] {
+        assert_source(row);
+        let field = format!(" outbound={} ", row.3);
+        let count = |log: &str| session_lines(log).iter().filter(|line| line.contains(&field)).count();
+        server.wait_log(|log| count(log) == 3);
+    }
+    // An association has a socket for each source address, and answers arrive at all of them.
+    let targets = ["10.9.1.2", "10.9.1.3", "10.9.0.3", "fd09:1::2"].map(|at| udp_echo_server(ip(at)));
+    let association = associate(v4.1, ip(v4.0), None);
+    for target in [targets, targets].concat() {
+        association.ping(target, b"hello");
+    }
+    drop(association);
+    server.wait_log(|log| log.contains(" outbound=10.9.1.5,10.9.1.6,10.9.1.7,fd09:1::5 "));
+    // A rule without an address of the family of the target, after a reload.
+    fs::write(&rules, "allow to=fd09:1::2 outbound=10.9.1.5\n").expect("file written");
+    assert!(server.reload().contains("rules: 1"), "{}", server.log());
+    assert_eq!([CONNECT, BIND].map(|command| session(v6, command, "[fd09:1::2]:9").1), [8, 8]);
+    fs::write(&rules, "# none\nallow to=10.9.1.2 outbound=192.0.2.9\n").expect("file written");
+    let line = server.reload();
+    let words = [format!("{rules} line 2: outbound=192.0.2.9: "), "keeping the current configuration".into()];
+    assert!(words.iter().all(|words| line.contains(words)), "{line}");
+    drop(server);
+    let upstream = serve("10.9.1.2:1080", 1, &["--allow-open-relay"]);
+    let _server = host.serve(&["--hop", "h=10.9.1.2:1080", "--allow", "via=h outbound=10.9.1.6"]);
+    let dst = echo_server_at(ip("10.9.1.2"));
+    ping(&mut session(v4, CONNECT, &dst.to_string()).0, b"hello");
+    let (mut bound, rep, bnd) = session(v4, BIND, "10.9.1.2:0");
+    assert_eq!(rep, 0);
+    assert_accepts_peer(&mut bound, bnd, addr("10.9.1.2:0"));
+    drop(bound);
+    associate(v4.1, ip(v4.0), None).ping(udp_echo_server(ip("10.9.1.2")), b"hello");
+    let count = |log: &str| session_lines(log).iter().filter(|line| line.contains("from=10.9.1.6:")).count();
+    upstream.wait_log(|log| count(log) == 3);
+}
+
+#[test]
+fn explain_shows_the_source_address_of_a_rule() {
+    let args = ["serve", "--hop", "h=192.0.2.1", "--allow", "to=192.0.2.9 via=h outbound=192.0.2.7,2001:db8::7"];
+    let output = run(s5().args(args).args(["--explain", "to=192.0.2.9:80 outbound=1.1.1.1"]), b"", TIMEOUT);
+    let expected = "allow 192.0.2.9 via h from 192.0.2.7 from 2001:db8::7: --allow (allow to=192.0.2.9 ";
+    assert!(text(&output.stdout).contains(expected), "{}", text(&output.stdout));
+}
+
+#[test]
 fn outbound_options_that_cannot_work_are_errors_at_the_start() {
-    let rows: [(&[&str], &str); 7] = [
+    let rows: [(&[&str], &str); 8] = [
         (&["--outbound", "192.0.2.1"], "--outbound 192.0.2.1: "),
         (&["--outbound", "127.0.0.1", "--outbound", "2001:db8::1"], "--outbound 2001:db8::1: "),
         (&["--outbound", "127.0.0.1", "--outbound", "127.0.0.2"], "--outbound: at most one IPv4 and one IPv6 address"),
@@ -216,6 +268,7 @@ fn outbound_options_that_cannot_work_are_errors_at_the_start() {
         (&["--outbound-interface", "nowhere0"], "--outbound-interface nowhere0: "),
         (&["--mark", "-1"], "--mark"),
         (&["--prefer", "5"], "expected 4 or 6"),
+        (&["--allow", "outbound=192.0.2.1"], "--allow: outbound=192.0.2.1: "),
     ];
     for (args, words) in rows {
         let output = run(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args), b"", TIMEOUT);
@@ -227,7 +280,11 @@ fn outbound_options_that_cannot_work_are_errors_at_the_start() {
     let mut command = Command::new("setpriv");
     command.args(["--bounding-set=-all", "--inh-caps=-all", s5().get_program().to_str().expect("UTF-8 path")]);
     let output = run(command.args(["serve", "--listen", "127.0.0.1:0", "--mark", "7"]), b"", TIMEOUT);
-    assert_fails_with(&output, 2, &["--mark 7: ", "(start s5 as root, or with CAP_NET_RAW; before Linux 5.17, "]);
+    assert_fails_with(
+        &output,
+        2,
+        &["--mark: permission denied (start s5 as root, or with CAP_NET_RAW; before Linux 5.17, "],
+    );
 }
 
 #[test]
