@@ -49,8 +49,7 @@ fn system_lookup(name: &str, port: u16, flags: i32) -> Result<Vec<SocketAddr>, D
             addrs.push(addr);
         }
     }
-    sort_by_preference(&mut addrs);
-    if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(addrs) }
+    if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(sort_by_preference(addrs)) }
 }
 
 /// Returns the port of a TCP or UDP service by its name, as getservbyname(3) does. If the service has no port for this
