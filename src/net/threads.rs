@@ -1,8 +1,9 @@
 //! Threads for calls that block, or that compute for long. They start when calls arrive, and end when they are idle.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -49,13 +50,18 @@ impl<S: Default> ThreadPool<S> {
     /// Returns the result of `call`, which runs on one of the threads; `None` if no thread can be started, or if `call`
     /// panics. If the caller stops waiting before it is the turn of `call`, that does not run.
     pub async fn run<T: Send + 'static>(&'static self, call: impl FnOnce(&mut S) -> T + Send + 'static) -> Option<T> {
-        let (sender, receiver) = smol::channel::bounded(1);
+        // The channel has no result: each type of a channel takes 3 KB of code.
+        let (sender, receiver) = smol::channel::bounded::<Infallible>(1);
+        let result = Arc::new(Mutex::new(None));
+        let shared = result.clone();
         self.push(Box::new(move |state| {
             if !sender.is_closed() {
-                let _ = sender.try_send(call(state));
+                let called = Some(call(state));
+                *shared.lock().unwrap_or_else(PoisonError::into_inner) = called;
             }
         }));
-        receiver.recv().await.ok()
+        let _ = receiver.recv().await;
+        result.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     fn push(&'static self, job: Job<S>) {
