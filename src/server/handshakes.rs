@@ -5,10 +5,10 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
 use std::future::poll_fn;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
-use super::shares::ClientKey;
+use super::shares::{ClientKey, lock};
 
 /// All unfinished handshakes.
 pub(super) struct Handshakes {
@@ -66,10 +66,6 @@ impl Handshakes {
         ended.into_iter().for_each(Waker::wake);
         true
     }
-}
-
-fn lock(unfinished: &Mutex<Unfinished>) -> MutexGuard<'_, Unfinished> {
-    unfinished.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Unfinished {

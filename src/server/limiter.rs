@@ -1,8 +1,8 @@
 //! Limits of sessions and bytes per second: for the server, a client address, a user or a session.
 
-use std::hash::{Hash, Hasher};
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::counters::COUNTERS;
@@ -10,7 +10,7 @@ use super::handshakes::Handshakes;
 use super::log_shares::{Topic, admit};
 use super::options::{Options, Quotas};
 use super::reply::{SessionError, SessionResult};
-use super::shares::{ClientKey, ShareGuard, Shares};
+use super::shares::{ClientKey, ShareGuard, Shares, lock};
 use crate::net::{RateLimit, TokenBucket};
 use crate::proto::PortRange;
 
@@ -25,34 +25,35 @@ pub(super) struct Limiter {
     pub(super) bind_listeners: Shares,
     /// UDP associations, at most one per port of `--udp-ports`. All can share a single port.
     associations: Shares,
-    users: Shares<Arc<User>>,
+    users: Arc<Users>,
     quotas: Quotas,
 }
 
-/// A user with sessions, and the token bucket that they share.
-struct User {
+/// The users with sessions: the number of these, and the token bucket that they share.
+type Users = Mutex<HashMap<Box<[u8]>, (usize, Option<Arc<TokenBucket>>)>>;
+
+/// Counts a session against its user until it is dropped.
+struct UserGuard {
+    users: Arc<Users>,
     name: Box<[u8]>,
-    bucket: Option<Arc<TokenBucket>>,
 }
 
-impl PartialEq for User {
-    fn eq(&self, other: &Self) -> bool {
-        self.name == other.name
-    }
-}
-
-impl Eq for User {}
-
-impl Hash for User {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.name.hash(state);
+impl Drop for UserGuard {
+    fn drop(&mut self) {
+        let mut users = lock(&self.users);
+        if let Some((sessions, _)) = users.get_mut(&self.name) {
+            *sessions -= 1;
+            if *sessions == 0 {
+                users.remove(&self.name);
+            }
+        }
     }
 }
 
 /// The rate limits of one session, and its count against its user.
 #[derive(Default)]
 pub(super) struct SessionQuota {
-    user: Option<ShareGuard<Arc<User>>>,
+    user: Option<UserGuard>,
     pub(super) rate_limit: RateLimit,
 }
 
@@ -73,7 +74,7 @@ impl Limiter {
             handshakes: Handshakes::new(max_sessions / 2),
             bind_listeners: per_port(options.bind_ports.as_ref()),
             associations: per_port(options.udp_ports.as_ref().filter(|ports| ports.single().is_none())),
-            users: Shares::new(usize::MAX, quotas.sessions_per_user.unwrap_or(usize::MAX)),
+            users: Arc::default(),
             quotas,
         }
     }
@@ -145,14 +146,16 @@ impl Limiter {
         if sessions_per_user.is_none() && user_rate.is_none() {
             return true;
         }
-        let bucket = user_rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now())));
-        let Some(user) = self.users.try_acquire(Arc::new(User { name: user.into(), bucket })) else { return false };
-        let quota = quota.get_or_insert_default();
-        // That of the user's first session.
-        if let Some(bucket) = user.client().and_then(|user| user.bucket.clone()) {
-            quota.rate_limit.add(bucket);
+        let mut users = lock(&self.users);
+        let new = || (0, user_rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now()))));
+        let (sessions, bucket) = users.entry(user.into()).or_insert_with(new);
+        if *sessions >= sessions_per_user.unwrap_or(usize::MAX) {
+            return false;
         }
-        quota.user = Some(user);
+        *sessions += 1;
+        let quota = quota.get_or_insert_default();
+        bucket.iter().for_each(|bucket| quota.rate_limit.add(bucket.clone()));
+        quota.user = Some(UserGuard { users: self.users.clone(), name: user.into() });
         true
     }
 }

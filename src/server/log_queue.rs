@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex};
 use std::thread::{Builder, sleep};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::log_shares::LOGFMT_TARGET;
+use super::shares::lock;
 
 /// Maximum number of lines in the queue. A line has about 250 bytes.
 const MAX_LINES: usize = 4096;
@@ -42,7 +43,7 @@ pub fn eprint_line(line: &str) {
         // There is no other place to report an error.
         return drop(write(&line));
     }
-    let mut queue = queue();
+    let mut queue = lock(&QUEUE);
     if queue.len() >= MAX_LINES {
         LOST.fetch_add(1, Ordering::Relaxed);
         return;
@@ -53,10 +54,6 @@ pub fn eprint_line(line: &str) {
     if queue.len() == 1 {
         HAS_LINE.notify_one();
     }
-}
-
-fn queue() -> MutexGuard<'static, VecDeque<String>> {
-    QUEUE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits until the queued lines are written, for at most a second.
@@ -77,11 +74,11 @@ pub(super) fn start() -> io::Result<()> {
 fn run() {
     IS_WRITER.set(true);
     loop {
-        drop(HAS_LINE.wait_while(queue(), |queue| queue.is_empty()));
+        drop(HAS_LINE.wait_while(lock(&QUEUE), |queue| queue.is_empty()));
         let mut is_written = false;
         // As many as wait while the first one is written. Later ones follow the report of lost lines.
         for _ in 0..=MAX_LINES {
-            let Some(line) = queue().pop_front() else { break };
+            let Some(line) = lock(&QUEUE).pop_front() else { break };
             is_written = write(&line).is_ok();
             LOST.fetch_add(u64::from(!is_written), Ordering::Relaxed);
             WAITING.fetch_sub(1, Ordering::Release);

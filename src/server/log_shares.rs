@@ -5,12 +5,12 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::mem::take;
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use log::Level;
 
-use super::shares::ClientKey;
+use super::shares::{ClientKey, lock};
 use super::worker;
 use crate::net::sleep_until;
 
@@ -76,7 +76,7 @@ impl Shares {
 fn shares() -> MutexGuard<'static, Shares> {
     static SHARES: LazyLock<Mutex<Shares>> =
         LazyLock::new(|| Mutex::new(Shares { since: Instant::now(), lines: HashMap::new(), has_task: false }));
-    SHARES.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&SHARES)
 }
 
 /// Returns whether a line may be logged, and counts it. `client` is `None` for a topic that all clients share.

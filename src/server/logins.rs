@@ -1,13 +1,13 @@
 //! Verifies passwords (RFC 1929), within the limits of each client address. They are hashed on other threads.
 
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 use std::time::Instant;
 
 use super::login_throttle::{FREE_FAILURES, LoginThrottle, MAX_WAIT, Turn};
 use super::passwords::Login;
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
-use super::shares::{ClientKey, ShareGuard, Shares};
+use super::shares::{ClientKey, ShareGuard, Shares, lock};
 use crate::net::{ThreadPool, sleep_until, timeout_at};
 use crate::policy::users::HashMemory;
 
@@ -171,8 +171,4 @@ impl Drop for Leave<'_> {
     fn drop(&mut self) {
         lock(self.0).leave(self.1);
     }
-}
-
-fn lock(throttle: &Mutex<LoginThrottle<ClientKey>>) -> MutexGuard<'_, LoginThrottle<ClientKey>> {
-    throttle.lock().unwrap_or_else(PoisonError::into_inner)
 }

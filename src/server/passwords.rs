@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 use std::hash::BuildHasher as _;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use blake2::Blake2bMac512;
 use blake2::digest::{KeyInit as _, Mac as _};
 
-use super::shares::ClientKey;
+use super::shares::{ClientKey, lock};
 use crate::proto::Credentials;
 
 /// Time that a verified password is accepted without another hash.
@@ -65,7 +65,7 @@ impl VerifiedPasswords {
     /// Returns whether this password of this user was verified lately, from the same address. `is_free`: the login has
     /// not waited for a turn, so the number of wrong passwords is limited.
     pub(super) fn contains(&self, login: &Login, is_free: bool, now: Instant) -> bool {
-        let mut entries = self.entries();
+        let mut entries = lock(&self.entries);
         let key = entries.hasher().hash_one((login.client, &login.credentials.uname));
         let Some(verified) = entries.get_mut(&key).filter(|verified| !verified.is_expired(now)) else { return false };
         let waits = |last| now.saturating_duration_since(last) < MISMATCH_INTERVAL;
@@ -83,7 +83,7 @@ impl VerifiedPasswords {
     /// Adds a password that was verified now.
     pub(super) fn insert(&self, login: &Login, now: Instant) {
         let Some(mac) = self.mac(login) else { return };
-        let mut entries = self.entries();
+        let mut entries = lock(&self.entries);
         if entries.len() >= MAX_ENTRIES {
             entries.retain(|_, verified| !verified.is_expired(now));
             let oldest = entries.iter().min_by_key(|(_, verified)| verified.since).map(|(key, _)| *key);
@@ -100,10 +100,6 @@ impl VerifiedPasswords {
         let Credentials { uname, passwd } = &login.credentials;
         let mac = self.mac.clone()?.chain_update(uname.len().to_ne_bytes()).chain_update(uname);
         Some(mac.chain_update(passwd.len().to_ne_bytes()).chain_update(passwd).chain_update(login.client.to_string()))
-    }
-
-    fn entries(&self) -> MutexGuard<'_, HashMap<u64, Verified>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

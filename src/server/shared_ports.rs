@@ -12,12 +12,13 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use futures_lite::stream::Stream as _;
 use smol::channel::{self, Receiver, Sender};
 
+use super::shares::lock;
 use super::worker;
 use crate::net::{BatchSocket, RecvBatch, share_port, wake_later};
 use crate::proto::{Datagram, Frame};
@@ -68,10 +69,6 @@ pub(super) struct Membership {
 }
 
 impl SharedPorts {
-    fn groups(&self) -> MutexGuard<'_, HashMap<GroupKey, Group>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Adds an association of a client that has connected to `local`. Port 0 of `client`: not known yet.
     pub(super) fn join(
         self: &Arc<Self>,
@@ -88,7 +85,7 @@ impl SharedPorts {
         });
         let (key, mut any_port) = ((local, client.ip()), client);
         any_port.set_port(0);
-        let mut groups = self.groups();
+        let mut groups = lock(&self.0);
         if let Some(group) = groups.get_mut(&key) {
             group.members.push(member.clone());
         } else {
@@ -133,7 +130,7 @@ impl SharedPorts {
     /// Removes the group and closes its socket if it has no members. Under the lock, so that a new group of the same
     /// client cannot have a socket at the same time.
     fn remove_if_empty(&self, key: GroupKey, socket: &mut Option<BatchSocket>) -> bool {
-        let mut groups = self.groups();
+        let mut groups = lock(&self.0);
         let is_empty = groups.get(&key).is_none_or(|group| group.members.is_empty());
         if is_empty {
             groups.remove(&key);
@@ -144,7 +141,7 @@ impl SharedPorts {
 
     /// Hands a datagram over to the association that it belongs to. The port of the datagram becomes the association's.
     fn hand_over(&self, key: GroupKey, from: SocketAddr, bytes: &[u8]) {
-        let groups = self.groups();
+        let groups = lock(&self.0);
         let members = groups.get(&key).map(|group| group.members.as_slice()).unwrap_or_default();
         let candidates = members.iter().filter(|member| from.ip() == key.1 && member.is_well_formed(bytes));
         let ranked = candidates.filter_map(|member| Some((member.rank(from.port())?, member)));
@@ -194,7 +191,7 @@ impl Membership {
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        let mut groups = self.ports.groups();
+        let mut groups = lock(&self.ports.0);
         let Some(group) = groups.get_mut(&self.key) else { return };
         group.members.retain(|member| !Arc::ptr_eq(member, &self.member));
         let _ = group.has_left.try_send(());

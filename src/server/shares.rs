@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
-use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -44,39 +43,44 @@ impl fmt::Display for ClientKey {
     }
 }
 
-/// A limited resource, which clients (or users) share. Clones are the same resource.
-#[derive(Clone)]
-pub(super) struct Shares<K: Eq + Hash + Clone = ClientKey>(Arc<Mutex<Usage<K>>>);
+/// Locks a value that no panic leaves invalid.
+pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
-struct Usage<K: Eq + Hash + Clone> {
+/// A limited resource, which clients share. Clones are the same resource.
+#[derive(Clone)]
+pub(super) struct Shares(Arc<Mutex<Usage>>);
+
+struct Usage {
     /// Maximum number of uses at once.
     limit: usize,
     /// Maximum number of uses of one client at once.
     per_client: usize,
     in_use: usize,
     /// The clients that use the resource or wait for it. `None`: those that are not known yet.
-    clients: HashMap<Option<K>, ClientUsage<K>>,
+    clients: HashMap<Option<ClientKey>, ClientUsage>,
     /// The clients that wait, in the order of their turns.
-    turns: BTreeMap<u64, Option<K>>,
+    turns: BTreeMap<u64, Option<ClientKey>>,
     last_number: u64,
 }
 
-struct ClientUsage<K: Eq + Hash + Clone> {
+struct ClientUsage {
     in_use: usize,
     /// Key in `Usage::turns`.
     turn: u64,
     /// Requests that wait, oldest first.
-    waiting: VecDeque<(u64, Sender<ShareGuard<K>>)>,
+    waiting: VecDeque<(u64, Sender<ShareGuard>)>,
 }
 
 /// One use of a resource, until it is dropped.
-pub(super) struct ShareGuard<K: Eq + Hash + Clone = ClientKey> {
-    shares: Shares<K>,
+pub(super) struct ShareGuard {
+    shares: Shares,
     /// `None`: not known yet.
-    client: Option<K>,
+    client: Option<ClientKey>,
 }
 
-impl<K: Eq + Hash + Clone> Shares<K> {
+impl Shares {
     /// Limits the uses at once, of all clients and of each one. Both limits are at least 1.
     pub(super) fn new(limit: usize, per_client: usize) -> Self {
         let (clients, turns) = (HashMap::new(), BTreeMap::new());
@@ -84,48 +88,46 @@ impl<K: Eq + Hash + Clone> Shares<K> {
     }
 
     /// Returns `None` if the client or the resource is at its limit. A client that is `None` is not known yet.
-    pub(super) fn try_acquire(&self, client: impl Into<Option<K>>) -> Option<ShareGuard<K>> {
+    pub(super) fn try_acquire(&self, client: impl Into<Option<ClientKey>>) -> Option<ShareGuard> {
         let (client, mut usage) = (client.into(), self.usage());
-        if !usage.try_use(&client) {
+        if !usage.try_use(client) {
             return None;
         }
-        // The key of the first use: equal keys may carry different data.
-        let client = usage.clients.get_key_value(&client).and_then(|(first, _)| first.clone());
         Some(ShareGuard { shares: self.clone(), client })
     }
 
     /// Waits until neither the client nor the resource is at its limit, and it is the client's turn. The caller sets
     /// the deadline. Dropping the future gives up the place in the queue.
-    pub(super) async fn acquire(&self, client: impl Into<Option<K>>) -> ShareGuard<K> {
+    pub(super) async fn acquire(&self, client: impl Into<Option<ClientKey>>) -> ShareGuard {
         let client = client.into();
         loop {
             let (sender, receiver) = channel::bounded(1);
-            let number = self.usage().use_or_enqueue(&client, sender);
+            let number = self.usage().use_or_enqueue(client, sender);
             let Some(number) = number else { return ShareGuard { shares: self.clone(), client } };
-            let _place = PlaceInQueue { shares: self, client: &client, number };
+            let _place = PlaceInQueue { shares: self, client, number };
             if let Ok(guard) = receiver.recv().await {
                 return guard;
             }
         }
     }
 
-    fn usage(&self) -> MutexGuard<'_, Usage<K>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn usage(&self) -> MutexGuard<'_, Usage> {
+        lock(&self.0)
     }
 }
 
-impl<K: Eq + Hash + Clone> Usage<K> {
-    fn has_room(&self, client: &Option<K>) -> bool {
-        let in_use = self.clients.get(client).map_or(0, |client| client.in_use);
+impl Usage {
+    fn has_room(&self, client: Option<ClientKey>) -> bool {
+        let in_use = self.clients.get(&client).map_or(0, |client| client.in_use);
         self.in_use < self.limit && (client.is_none() || in_use < self.per_client)
     }
 
-    fn entry(&mut self, client: &Option<K>) -> &mut ClientUsage<K> {
+    fn entry(&mut self, client: Option<ClientKey>) -> &mut ClientUsage {
         let unused = || ClientUsage { in_use: 0, turn: 0, waiting: VecDeque::new() };
-        self.clients.entry(client.clone()).or_insert_with(unused)
+        self.clients.entry(client).or_insert_with(unused)
     }
 
-    fn try_use(&mut self, client: &Option<K>) -> bool {
+    fn try_use(&mut self, client: Option<ClientKey>) -> bool {
         let has_room = self.has_room(client);
         if has_room {
             self.in_use += 1;
@@ -141,7 +143,7 @@ impl<K: Eq + Hash + Clone> Usage<K> {
 
     /// Returns the number of the request in the queue of its client, or `None` if it need not wait: when there is room
     /// for it, no other request waits that could be granted.
-    fn use_or_enqueue(&mut self, client: &Option<K>, sender: Sender<ShareGuard<K>>) -> Option<u64> {
+    fn use_or_enqueue(&mut self, client: Option<ClientKey>, sender: Sender<ShareGuard>) -> Option<u64> {
         if self.try_use(client) {
             return None;
         }
@@ -151,55 +153,50 @@ impl<K: Eq + Hash + Clone> Usage<K> {
         entry.waiting.push_back((number, sender));
         if is_first {
             entry.turn = number;
-            self.turns.insert(number, client.clone());
+            self.turns.insert(number, client);
         }
         Some(number)
     }
 
     /// Ends a use. Returns the request that can be granted now, and its client.
-    fn release(&mut self, client: &Option<K>) -> Option<(Sender<ShareGuard<K>>, Option<K>)> {
+    fn release(&mut self, client: Option<ClientKey>) -> Option<(Sender<ShareGuard>, Option<ClientKey>)> {
         self.in_use -= 1;
         self.entry(client).in_use -= 1;
         self.update(client);
         // At most `limit / per_client` clients are at their limits and skipped.
-        let next = self.turns.values().find(|client| self.has_room(client))?.clone();
-        self.try_use(&next);
+        let next = self.turns.values().copied().find(|client| self.has_room(*client))?.clone();
+        self.try_use(next);
         let number = self.next_number();
-        let entry = self.entry(&next);
+        let entry = self.entry(next);
         let (_, sender) = entry.waiting.pop_front()?;
         // The next turn of the client is after those of all others.
         let turn = std::mem::replace(&mut entry.turn, number);
         self.turns.remove(&turn);
-        self.turns.insert(number, next.clone());
-        self.update(&next);
+        self.turns.insert(number, next);
+        self.update(next);
         Some((sender, next))
     }
 
     /// Removes a client that does not wait from the turns, and one without uses altogether.
-    fn update(&mut self, client: &Option<K>) {
-        let Some(entry) = self.clients.get(client).filter(|entry| entry.waiting.is_empty()) else { return };
+    fn update(&mut self, client: Option<ClientKey>) {
+        let Some(entry) = self.clients.get(&client).filter(|entry| entry.waiting.is_empty()) else { return };
         self.turns.remove(&entry.turn);
         if entry.in_use == 0 {
-            self.clients.remove(client);
+            self.clients.remove(&client);
         }
     }
 }
 
-impl<K: Eq + Hash + Clone> ShareGuard<K> {
-    /// Returns the client, as it was at its first use; `None` if it is not known yet.
-    pub(super) fn client(&self) -> Option<&K> {
-        self.client.as_ref()
-    }
-
+impl ShareGuard {
     /// Makes a reservation a use of `client`. Returns false if the client is at its limit.
-    pub(super) fn assign(&mut self, client: K) -> bool {
+    pub(super) fn assign(&mut self, client: ClientKey) -> bool {
         let client = Some(client);
         let mut usage = self.shares.usage();
         let has_room = usage.clients.get(&client).is_none_or(|entry| entry.in_use < usage.per_client);
         if has_room {
-            usage.entry(&client).in_use += 1;
-            usage.entry(&self.client).in_use -= 1;
-            usage.update(&self.client);
+            usage.entry(client).in_use += 1;
+            usage.entry(self.client).in_use -= 1;
+            usage.update(self.client);
             drop(usage);
             self.client = client;
         }
@@ -208,25 +205,25 @@ impl<K: Eq + Hash + Clone> ShareGuard<K> {
 }
 
 /// The place of a request in the queue of its client.
-struct PlaceInQueue<'a, K: Eq + Hash + Clone> {
-    shares: &'a Shares<K>,
-    client: &'a Option<K>,
+struct PlaceInQueue<'a> {
+    shares: &'a Shares,
+    client: Option<ClientKey>,
     number: u64,
 }
 
-impl<K: Eq + Hash + Clone> Drop for PlaceInQueue<'_, K> {
+impl Drop for PlaceInQueue<'_> {
     fn drop(&mut self) {
         let mut usage = self.shares.usage();
-        if let Some(entry) = usage.clients.get_mut(self.client) {
+        if let Some(entry) = usage.clients.get_mut(&self.client) {
             entry.waiting.retain(|(number, _)| *number != self.number);
         }
         usage.update(self.client);
     }
 }
 
-impl<K: Eq + Hash + Clone> Drop for ShareGuard<K> {
+impl Drop for ShareGuard {
     fn drop(&mut self) {
-        let next = self.shares.usage().release(&self.client);
+        let next = self.shares.usage().release(self.client);
         if let Some((sender, client)) = next {
             let _ = sender.try_send(Self { shares: self.shares.clone(), client });
         }

@@ -7,8 +7,9 @@ use super::*;
 #[test]
 fn clients_that_wait_for_shares_take_turns_and_leave_nothing_behind() {
     let shares = Shares::new(2, 1);
-    let (a, c) = (shares.try_acquire("a"), shares.try_acquire("c"));
-    let mut requests = ["a", "a", "a", "b", "b"].map(|client| Some(Box::pin(shares.acquire(client))));
+    let [a, b, c] = [1, 2, 3].map(|n| ClientKey::new(Some(Ipv4Addr::from_bits(n).into())));
+    let mut requests = [a, a, a, b, b].map(|client| Some(Box::pin(shares.acquire(client))));
+    let (a, c) = (shares.try_acquire(a), shares.try_acquire(c));
     let mut poll = |i: usize| requests.get_mut(i).and_then(Option::as_mut).and_then(|r| block_on(poll_once(r)));
     assert!(a.is_some() && c.is_some() && (0..5).all(|i| poll(i).is_none()));
     drop(c);
