@@ -98,9 +98,8 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "PORTS")]
     udp_ports: Option<PortRange>,
 
-    /// read client addresses that these balancers send. CIDR is a comma-separated list of CIDR blocks, addresses, and
-    /// unix for all clients of Unix sockets. Each connection from there must begin with a header of the PROXY protocol,
-    /// as HAProxy sends it with send-proxy or send-proxy-v2. Other connections never have one. See LOAD BALANCERS.
+    /// read client addresses that these balancers send. CIDR is a comma-separated list of addresses, CIDR blocks, and
+    /// unix for Unix sockets. Connections from there begin with a header of the PROXY protocol. See LOAD BALANCERS.
     #[argh(option, arg_name = "CIDR", from_str_fn(parse_balancers))]
     proxy_protocol_from: Option<Vec<Option<IpNet>>>,
 
@@ -118,7 +117,7 @@ pub struct ServeArgs {
     #[argh(switch)]
     no_sandbox: bool,
 
-    /// require a password; FILE has name:hash lines. See USERS FILE.
+    /// require a password; FILE has name:hash lines. See USERS FILE. S5_USER and S5_PASSWORD define a single user instead.
     #[argh(option, arg_name = "FILE")]
     users: Option<PathBuf>,
 
@@ -308,8 +307,9 @@ impl ServeArgs {
             (None, _, Some(_)) => return Err(CliError::usage("--remove-user requires --users FILE")),
             (_, None, None) => {}
         }
-        let methods = self.accepted_methods()?;
-        let sources = self.policy_sources(methods)?;
+        let user_entry = users::entry_in_environment(self.users.is_some())?;
+        let methods = self.accepted_methods(self.users.is_some() || user_entry.is_some())?;
+        let sources = self.policy_sources(methods, user_entry)?;
         let mut inherited = InheritedSocket::from_systemd().map_err(CliError::usage)?;
         if !self.listen.is_empty() && !inherited.is_empty() {
             log::warn!("the sockets of LISTEN_FDS are not used, because --listen is given");
@@ -341,24 +341,24 @@ impl ServeArgs {
     }
 
     /// Returns the accepted methods, the preferred one first.
-    fn accepted_methods(&self) -> CliResult<Vec<Method>> {
+    fn accepted_methods(&self, has_users: bool) -> CliResult<Vec<Method>> {
         let has_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
         let methods = self.auth.clone().unwrap_or_else(|| {
-            let candidates = [(self.users.is_some(), Method::PASSWORD), (has_gssapi, Method::GSSAPI)];
+            let candidates = [(has_users, Method::PASSWORD), (has_gssapi, Method::GSSAPI)];
             let configured = candidates.into_iter().filter_map(|(is_set, method)| is_set.then_some(method));
             let methods: Vec<Method> = configured.collect();
             if methods.is_empty() { vec![Method::NONE] } else { methods }
         });
         let usage_error = |problem: &str| Err(CliError::usage(format!("--auth: {problem}")));
         match (methods.contains(&Method::PASSWORD), methods.contains(&Method::GSSAPI)) {
-            (true, _) if self.users.is_none() => usage_error("password requires --users FILE"),
-            (false, _) if self.users.is_some() => usage_error("--users requires password in this list"),
+            (true, _) if !has_users => usage_error("password requires --users FILE"),
+            (false, _) if has_users => usage_error("--users and S5_USER require password in this list"),
             (_, false) if has_gssapi => usage_error("--keytab and --gssapi-... require gssapi in this list"),
             _ => Ok(methods),
         }
     }
 
-    fn policy_sources(&mut self, methods: Vec<Method>) -> CliResult<PolicySources> {
+    fn policy_sources(&mut self, methods: Vec<Method>, user_entry: Option<String>) -> CliResult<PolicySources> {
         let mut rule_options: Vec<RuleOption> = Vec::new();
         for rule in [&mut self.rule, &mut self.allow, &mut self.deny].map(std::mem::take).concat() {
             // They are few, and a sort takes 4 KB of code.
@@ -374,6 +374,7 @@ impl ServeArgs {
         hops.check_forwarding(takes_passwords && methods.contains(&Method::PASSWORD))?;
         Ok(PolicySources {
             users: self.users.take(),
+            user_entry,
             rules: self.rules.take(),
             keytab: self.keytab.clone(),
             rule_options,

@@ -3,6 +3,7 @@
 mod activation;
 mod check;
 mod connection_limit;
+mod containers;
 mod handshake;
 mod listen;
 mod log_lines;

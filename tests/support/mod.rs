@@ -39,8 +39,10 @@ pub use scripted::*;
 /// Time limit for operations that should complete immediately.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Environment variables that the client modes read. [`s5`] removes them; tests may set them.
-const CLIENT_VARIABLES: [&str; 23] = [
+/// Environment variables that s5 reads. [`s5`] removes them; tests may set them.
+const CLIENT_VARIABLES: [&str; 25] = [
+    "S5_USER",
+    "S5_PASSWORD",
     "S5_PROXY",
     "all_proxy",
     "ALL_PROXY",

@@ -1,4 +1,5 @@
-//! Removes passwords from messages and from the arguments of the process. Before that, ps(1) shows them.
+//! Removes passwords from messages, and from the arguments and the environment of the process. Before that, ps(1) shows
+//! the arguments.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -6,6 +7,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
 const FILLER: u8 = b'x';
+/// Fields arg_start and env_start of proc_pid_stat(5). The end of the memory is the next field.
+const ARG_START_FIELD: usize = 48;
+const ENV_START_FIELD: usize = 50;
 
 /// Returns `arg` with `…` instead of the text before its last `@`. A scheme is kept.
 pub(crate) fn without_userinfo(arg: &str) -> String {
@@ -19,24 +23,26 @@ pub(crate) fn without_userinfo(arg: &str) -> String {
 }
 
 /// Overwrites passwords in the command line of this process: in URLs, and in `user`, the `user:password` value of an
-/// option. `args` is a copy of the command line. Failures are only logged.
+/// option. `args` is a copy of the command line.
 pub(crate) fn redact(args: &[String], user: Option<&str>) {
-    // In memory, each argument ends with a NUL.
-    let original: Vec<u8> = args.iter().flat_map(|arg| arg.bytes().chain([0])).collect();
-    let mut redacted = original.clone();
-    let mut rest = redacted.as_mut_slice();
-    for arg in args {
-        let (bytes, after) = rest.split_at_mut((arg.len() + 1).min(rest.len()));
-        for span in [password_in_url(arg), user.and_then(|user| password_in_option(arg, user))].into_iter().flatten() {
-            bytes.get_mut(span).unwrap_or_default().fill(FILLER);
+    let spans = |arg: &str| [password_in_url(arg), user.and_then(|user| password_in_option(arg, user))];
+    if args.iter().any(|arg| spans(arg).iter().any(Option::is_some)) {
+        edit_strings("command line", ARG_START_FIELD, |arg| {
+            let spans = str::from_utf8(arg).map(spans).unwrap_or_default();
+            spans.into_iter().flatten().for_each(|span| arg.get_mut(span).unwrap_or_default().fill(FILLER));
+        });
+    }
+}
+
+/// Empties a variable in the environment of this process. Later reads return an empty value, in its children too.
+pub(crate) fn empty_variable(name: &str) {
+    edit_strings("environment", ENV_START_FIELD, |entry| {
+        if let Some((entry_name, value)) = entry.split_at_mut_checked(name.len() + 1)
+            && entry_name == format!("{name}=").as_bytes()
+        {
+            value.fill(0);
         }
-        rest = after;
-    }
-    if redacted != original
-        && let Err(error) = overwrite_arguments(&original, &redacted)
-    {
-        log::debug!("cannot overwrite a password in the command line: {error}");
-    }
+    });
 }
 
 /// Returns the range of the password in a URL. In a list of URLs, it extends from the first password to the last one.
@@ -56,14 +62,22 @@ pub fn password_in_option(arg: &str, value: &str) -> Option<Range<usize>> {
     arg.ends_with(value).then(|| arg.len() - password.len()..arg.len())
 }
 
-/// Writes to the arguments through /proc/self/mem, at the address that /proc/self/stat reports.
-fn overwrite_arguments(original: &[u8], redacted: &[u8]) -> io::Result<()> {
-    let stat = fs::read_to_string("/proc/self/stat")?;
-    // arg_start is field 48 of proc_pid_stat(5). Field 3 follows the name, which is in parentheses.
-    let field = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().nth(48 - 3));
-    let start = field.and_then(|field| field.parse().ok()).ok_or(io::ErrorKind::Unsupported)?;
-    let memory = OpenOptions::new().read(true).write(true).open("/proc/self/mem")?;
-    let mut found = vec![0; original.len()];
-    memory.read_exact_at(&mut found, start)?;
-    if found == original { memory.write_all_at(redacted, start) } else { Err(io::ErrorKind::InvalidData.into()) }
+/// Edits the strings of this process in memory, whose start and end are fields of proc_pid_stat(5). A failure is only
+/// logged.
+fn edit_strings(what: &str, start_field: usize, edit: impl Fn(&mut [u8])) {
+    let edit_all = || {
+        let stat = fs::read_to_string("/proc/self/stat")?;
+        // Field 3 follows the name, which is in parentheses.
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_ascii_whitespace();
+        let mut addrs = fields.skip(start_field - 3).filter_map(|field| field.parse::<u64>().ok());
+        let (start, end) = addrs.next().zip(addrs.next()).ok_or(io::ErrorKind::Unsupported)?;
+        let memory = OpenOptions::new().read(true).write(true).open("/proc/self/mem")?;
+        let mut bytes = vec![0; usize::try_from(end.saturating_sub(start)).unwrap_or_default()];
+        memory.read_exact_at(&mut bytes, start)?;
+        bytes.split_mut(|byte| *byte == 0).for_each(edit);
+        memory.write_all_at(&bytes, start)
+    };
+    if let Err(error) = edit_all() {
+        log::debug!("cannot overwrite a password in the {what}: {error}");
+    }
 }

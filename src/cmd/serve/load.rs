@@ -33,6 +33,8 @@ pub(super) struct RuleOption {
 #[derive(Debug, Default)]
 pub(super) struct PolicySources {
     pub(super) users: Option<PathBuf>,
+    /// The user in the environment, as in a users file. There is no such file then.
+    pub(super) user_entry: Option<String>,
     pub(super) rules: Option<PathBuf>,
     /// Accepted methods, the preferred one first.
     pub(super) methods: Vec<Method>,
@@ -52,11 +54,11 @@ impl PolicySources {
     /// # Errors
     /// A file cannot be read, or a line is invalid. The message names file, line and word.
     pub(super) fn load(&self) -> CliResult<Configuration> {
-        let users = self.users.as_deref().map(|file| {
-            let text = read_file("--users", file, MAX_USERS_FILE)?;
-            Users::parse(&text).map(Arc::new).map_err(|error| file_error(file, error))
-        });
-        let users = users.transpose()?;
+        let file = self.users.as_deref();
+        let text = file.map(|file| read_file("--users", file, MAX_USERS_FILE)).transpose()?;
+        let file = file.unwrap_or(Path::new("S5_USER"));
+        let users = text.as_ref().or(self.user_entry.as_ref()).map(|text| Users::parse(text).map(Arc::new));
+        let users = users.transpose().map_err(|error| file_error(file, error))?;
         let mut all = self.parse_rule_options()?;
         if let Some(file) = &self.rules {
             let text = read_file("--rules", file, MAX_RULES_FILE)?;
@@ -98,6 +100,7 @@ impl PolicySources {
         }
         let problem = match &self.users {
             Some(file) => format!("no such user in {} (add it with --add-user, or correct the rule)", file.display()),
+            None if self.user_entry.is_some() => "S5_USER is another user".into(),
             None if self.methods.contains(&Method::GSSAPI) => "no realm (write user=NAME@REALM)".into(),
             None => "no login is accepted (use --users FILE)".into(),
         };

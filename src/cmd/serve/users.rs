@@ -1,14 +1,32 @@
-//! `--add-user` and `--remove-user`: edit the users file.
+//! `--add-user` and `--remove-user`: edit the users file. Also the user in the environment.
 
+use std::env;
 use std::fs;
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, fchown};
 use std::path::Path;
 
 use super::load::{MAX_USERS_FILE, file_error, read_file};
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, escape};
-use crate::cmd::cli::output_file;
+use crate::cmd::cli::{output_file, secrets};
 use crate::policy::users::{self, Users};
+
+/// Returns the entry of the user in the environment, if there is one. Removes the password from the environment.
+/// `has_file`: a users file is given, which is another source of users.
+pub(super) fn entry_in_environment(has_file: bool) -> CliResult<Option<String>> {
+    let usage_error = |problem: &str| CliError::usage(format!("S5_USER and S5_PASSWORD: {problem}"));
+    let (name, passwd) = match (env::var_os("S5_USER"), env::var_os("S5_PASSWORD")) {
+        (Some(_), Some(_)) if has_file => return Err(usage_error("cannot be combined with --users (unset them)")),
+        (Some(name), Some(passwd)) => (name, passwd),
+        (Some(_), None) => return Err(usage_error("S5_PASSWORD is not set (set both, or neither)")),
+        (None, Some(_)) => return Err(usage_error("S5_USER is not set (set both, or neither)")),
+        (None, None) => return Ok(None),
+    };
+    secrets::empty_variable("S5_PASSWORD");
+    let name = name.to_str().ok_or_else(|| usage_error("the user name is not UTF-8"))?;
+    users::new_entry(name, passwd.as_bytes()).map(Some).map_err(|error| usage_error(&error))
+}
 
 /// Adds a user or changes the password. Returns a report for the user.
 pub(super) fn add_user(file: &Path, name: &str) -> CliResult<String> {

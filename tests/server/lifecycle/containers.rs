@@ -1,0 +1,92 @@
+//! Servers in containers: one user in the environment, any user ID, and a read-only root file system.
+
+use crate::*;
+
+fn with_user(user: &str, passwd: &str) -> Command {
+    let mut command = s5();
+    command.env("S5_USER", user).env("S5_PASSWORD", passwd);
+    command
+}
+
+/// Starts a command with `s5 serve` on all addresses, and logs in with the right and with a wrong password.
+fn assert_requires_login(command: &mut Command) -> Server {
+    let server = Server::start_with(command.args(["serve", "--listen", "*:0"]), 2);
+    let at = SocketAddr::new(V4, server.addr().port());
+    for (passwd, status) in [("open sesame", 0), ("wrong", 1)] {
+        let mut stream = connect_from(SocketAddr::new(V4, 0), at);
+        select_password(&mut stream);
+        assert_eq!(send_login(&mut stream, b"alice", passwd.as_bytes()), status);
+    }
+    server
+}
+
+#[test]
+fn user_in_the_environment_can_log_in_also_after_a_reload_and_the_password_is_removed() {
+    let server = assert_requires_login(&mut with_user("alice", "open sesame"));
+    let environment = fs::read(format!("/proc/{}/environ", server.pid())).expect("the server runs");
+    let environment = text(&environment);
+    assert!(environment.contains("S5_USER=alice\0") && environment.contains("S5_PASSWORD=\0"), "{environment}");
+    assert!(!environment.contains("sesame"), "{environment}");
+    assert!(server.reload().contains("users: 1"));
+    let at = SocketAddr::new(V4, server.addr().port());
+    let mut stream = connect_from(SocketAddr::new(V4, 0), at);
+    select_password(&mut stream);
+    assert_eq!(send_login(&mut stream, b"alice", b"open sesame"), 0);
+    assert!(server.log().contains("not dumpable") && !server.log().contains("sesame"), "{}", server.log());
+}
+
+#[test]
+fn user_in_the_environment_is_refused_if_it_is_incomplete_or_another_source_of_users_is_given() {
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &user_line("bob", "secret"));
+    let rows = [
+        (Some("alice"), None, &[][..], "S5_PASSWORD is not set (set both, or neither)"),
+        (None, Some("secret"), &[], "S5_USER is not set (set both, or neither)"),
+        (Some(""), Some("secret"), &[], "S5_USER and S5_PASSWORD: user name \"\" is empty"),
+        (Some("alice"), Some(""), &[], "S5_USER and S5_PASSWORD: the password is empty"),
+        (Some("a:b"), Some("secret"), &[], "S5_USER and S5_PASSWORD: user name \"a:b\" contains \":\""),
+        (
+            Some("alice"),
+            Some("secret"),
+            &["--users", &users],
+            "S5_USER and S5_PASSWORD: cannot be combined with --users",
+        ),
+        (Some("alice"), Some("secret"), &["--auth", "none"], "--users and S5_USER require password in this list"),
+        (Some("alice"), None, &["--users", &users], "S5_PASSWORD is not set (set both, or neither)"),
+        (None, None, &["--auth", "password"], "--auth: password requires --users FILE"),
+    ];
+    for (user, passwd, args, error) in rows {
+        let mut command = s5();
+        [("S5_USER", user), ("S5_PASSWORD", passwd)].into_iter().for_each(|(name, value)| {
+            value.map(|value| command.env(name, value));
+        });
+        let output = run(command.args(["serve", "--listen", "127.0.0.1:0"]).args(args), b"", TIMEOUT);
+        assert_fails_with(&output, 2, &[error]);
+        assert!(!text(&output.stderr).contains("secret"), "{}", text(&output.stderr));
+    }
+    // The file can be edited.
+    let mut command = with_user("alice", "secret");
+    stdout(command.args(["serve", "--users", &users, "--add-user", "carol"]), b"open sesame\n");
+}
+
+#[test]
+fn server_runs_as_any_user_on_a_read_only_file_system() {
+    if !has_all(&["unshare", "setpriv"]) {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return record_skip("only root can use any user ID");
+    }
+    // No user has this ID, and nothing can be written, except perhaps in /dev and /proc.
+    let script = "mount -o remount,bind,ro / && ! touch /probe 2>/dev/null \
+                  && exec setpriv --reuid=12345 --regid=12345 --clear-groups \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--", "sh", "-c", script, "sh", env!("CARGO_BIN_EXE_s5")]);
+    command.env_clear().env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
+    command.env("S5_USER", "alice").env("S5_PASSWORD", "open sesame");
+    let server = assert_requires_login(&mut command);
+    let status = fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("the server runs");
+    assert!(status.contains("\nUid:\t12345\t12345\t12345\t12345\n"), "{status}");
+    let log = server.wait_log(|log| log.contains("sandbox: "));
+    assert!(log.contains("no capabilities, no_new_privs, not dumpable"), "{log}");
+}
