@@ -321,8 +321,7 @@ impl ServeArgs {
         }
         let hops = sources.hops.names().into_iter().zip(proxies).map(|(name, proxies)| Hop::new(name, proxies).into());
         let hops = hops.collect();
-        let (request, show_rules) = (self.explain.take(), self.show_rules);
-        let (is_check, is_quiet) = (self.check, self.quiet);
+        let (request, show_rules, is_check, is_quiet) = (self.explain.take(), self.show_rules, self.check, self.quiet);
         let mut options = self.options(&policy, hops, sources.files().map(Into::into).collect())?;
         options.inherited = inherited;
         if show_rules {
