@@ -218,8 +218,7 @@ impl Client {
         result.map_err(|kind| self.error_at_position(kind))
     }
 
-    /// Connects to the first `count` hops, each through the one before it, and logs in. Returns the connection to the
-    /// last of them, and its GSSAPI protection.
+    /// Connects through the first `count` hops, and logs in to each. Returns the connection and its GSSAPI protection.
     async fn open_hops(&self, count: usize) -> Result<(Conn, Option<Protection>), ClientErrorKind> {
         let mut last: Option<Conn> = None;
         let mut protection = None;

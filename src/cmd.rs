@@ -146,8 +146,7 @@ fn from_args<T: FromArgs>(args: &[&str]) -> Result<T, String> {
     T::from_args(&[NAME], args).map_err(|early| one_line(&early.output))
 }
 
-/// Joins the lines of an error message of argh. Removes user names and passwords: the message may quote the URL of a
-/// proxy that was given to the wrong option.
+/// Joins the lines of an error of argh, which may quote a URL: then user name and password are removed.
 fn one_line(text: &str) -> String {
     let words: Vec<String> = text.split_whitespace().map(secrets::without_userinfo).collect();
     let line = words.join(" ").replace("Error parsing option '", "").replace("' with value ", " ");

@@ -131,8 +131,7 @@ impl Association {
         Ok(())
     }
 
-    /// Returns true if datagrams from this address are from the target. The addresses of a target that the proxy
-    /// resolves are not known: then all are.
+    /// Returns true if datagrams from this address may be from the target. Only the proxy may know its addresses.
     pub fn is_from_target(&self, from: &Addr) -> bool {
         match &self.target {
             Some(target) => target.contains(from),

@@ -10,8 +10,7 @@ use crate::gssapi;
 use crate::net::DialError;
 use crate::proto::{Addr, Rep};
 
-/// Phase of the client handshake. Without proxies, there are only `ResolveTarget` and `Connect`. `Accept` waits for the
-/// second reply to BIND.
+/// Phase of the client handshake. `Accept` waits for the second reply to BIND.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "Display describes them")]
 pub enum Phase {

@@ -1,5 +1,4 @@
-//! The stream layer of RFC 1961: wraps data into frames before sending, and unwraps received frames. It works over any
-//! connection, also over a protected one.
+//! The stream layer of RFC 1961: wraps data into frames, and unwraps them, over any connection, also a protected one.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -117,8 +117,7 @@ fn open_library(name: OsString) -> LibraryResult<Api> {
     Api::load(library).map_err(|error| format!("{name} {error}"))
 }
 
-/// Returns the free memory of the allocator to the kernel, if it is that of glibc. It is here because only this file
-/// may have unsafe code.
+/// Returns free memory to the kernel if the allocator is that of glibc. Here, because it needs unsafe code.
 pub fn release_free_memory() {
     // SAFETY: the type is that of malloc_trim(3), which has no preconditions.
     if let Ok(malloc_trim) = unsafe { Library::this().get::<extern "C" fn(usize) -> c_int>(b"malloc_trim\0") } {

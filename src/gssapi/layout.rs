@@ -134,8 +134,7 @@ pub(super) fn check_name(text: &str) -> Result<(), String> {
     if is_valid { Ok(()) } else { Err("name is empty or contains a NUL byte".into()) }
 }
 
-/// Accepts a framed AP-REP or KRB-ERROR (RFC 2743 section 3.1, RFC 4121 section 4.1). For other tokens, Heimdal 7.8
-/// dereferences an uninitialized pointer.
+/// Accepts a framed AP-REP or KRB-ERROR (RFC 2743 section 3.1, RFC 4121 section 4.1): others crash Heimdal 7.8.
 pub(super) fn check_acceptor_token(token: &[u8]) -> Result<(), String> {
     let (length, body) = match token {
         [0x60, 0x82, high, low, body @ ..] => (u16::from_be_bytes([*high, *low]).into(), body),

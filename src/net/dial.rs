@@ -94,8 +94,7 @@ impl fmt::Display for DialError {
 
 impl std::error::Error for DialError {}
 
-/// Local addresses of connections and datagrams, and thereby their address families. Targets of other families are not
-/// tried.
+/// Local addresses of connections and datagrams. Targets of other address families are not tried.
 #[derive(Clone, Copy, Debug)]
 pub struct LocalAddr {
     /// At most one of each family; without one, the family is not used. Unspecified: chosen by the kernel.

@@ -119,8 +119,7 @@ pub struct RelayOptions {
     /// After dst has ended its stream: ends the relay after this long without a byte from the client. Bytes that are
     /// already read are still sent, limited only by `idle_timeout`. `None`: waits until the client ends its stream too.
     pub linger: Option<Duration>,
-    /// Ends the relay at the start of a bulk transfer, if both directions are open and no bytes are pending. The caller
-    /// can continue it on another thread.
+    /// Ends the relay at the start of a bulk transfer if nothing is pending. It can continue on another thread.
     pub stop_when_bulk: bool,
     /// Leaves the write side of dst open when the client ends its stream.
     pub keeps_dst_open: bool,

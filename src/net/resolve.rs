@@ -52,8 +52,7 @@ fn system_lookup(name: &str, port: u16, flags: i32) -> Result<Vec<SocketAddr>, D
     if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(sort_by_preference(addrs)) }
 }
 
-/// Returns the port of a TCP or UDP service by its name, as getservbyname(3) does. If the service has no port for this
-/// protocol, returns that for the other one.
+/// Returns the port of a TCP or UDP service, as getservbyname(3) does, or else that for the other protocol.
 pub fn service_port(name: &str, is_udp: bool) -> Option<u16> {
     // getaddrinfo(3) would accept a number, and truncate it.
     if !name.contains(|c: char| c.is_ascii_alphabetic()) {

@@ -11,8 +11,7 @@ const NONE: u32 = u32::MAX;
 
 /// Values by key. `space` tells keys of different owners apart.
 ///
-/// Keys are not stored, only their hashes. A lookup returns all values of the key. Rarely it returns others too, so
-/// the caller compares what it finds.
+/// Keys are not stored, only their hashes. A lookup may return other values too, so the caller compares them.
 #[derive(Debug)]
 pub(super) struct Index<V> {
     hasher: RandomState,

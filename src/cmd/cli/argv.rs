@@ -165,8 +165,7 @@ impl<'a> Normalizer<'a> {
         count.is_some_and(|count| is_bundle || self.syntax.refusal(count).is_some())
     }
 
-    /// Appends the short options of one argument. The value of the last may follow directly, as in `-vw3`. Returns
-    /// true if the next argument is the value.
+    /// Appends the short options of one argument, such as `-vw3`. Returns true if the next argument is the value.
     fn push_short(&mut self, text: &str) -> Result<bool, String> {
         let mut chars = text.chars();
         while let Some(letter) = chars.next() {

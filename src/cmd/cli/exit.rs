@@ -189,8 +189,7 @@ pub fn plain_os_errors(message: String) -> String {
 }
 
 /// Returns the start of a line that the journal of systemd reads as its priority (sd-daemon(3)), such as `<6>`. Empty
-/// if stderr is not connected to the journal. A parent that has redirected stderr passes JOURNAL_STREAM
-/// (systemd.exec(5)) on.
+/// if stderr is not the journal: JOURNAL_STREAM (systemd.exec(5)) is inherited also if stderr is redirected.
 pub(super) fn journal_priority(level: Level) -> &'static str {
     static IS_JOURNAL: OnceLock<bool> = OnceLock::new();
     let is_journal = || {

@@ -40,8 +40,7 @@ fn push_synopsis(out: &mut String, program: &Syntax) {
     let _ = writeln!(out, ".B {NAME}\n.RI [ mode ]\n.B {}", escape("--help"));
 }
 
-/// Appends an entry for each option of modes that have the same flags, with its aliases. If some modes do not support
-/// the option, the entry names those that do.
+/// Appends an entry for each option with its aliases. It names the modes that support it if not all of them do.
 fn push_options(out: &mut String, modes: &[Syntax]) {
     let mut group = "";
     for flag in modes.first().map(|mode| mode.flags).unwrap_or_default().iter().filter(|flag| flag.long != "--help") {

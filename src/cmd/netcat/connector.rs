@@ -115,8 +115,7 @@ impl Connector {
         Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
     }
 
-    /// Establishes a tunnel or an association by `operation`, with the retries of [`Connector::retry`], and uses it by
-    /// `transfer`. Prints the report of both.
+    /// Establishes a tunnel or association by `operation`, with retries, and uses it by `transfer`. Reports both.
     pub(crate) async fn run_reported<T>(
         &self,
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
@@ -337,8 +336,7 @@ fn auth_from_args(args: &ClientArgs, hops: &[Proxy]) -> CliResult<(Option<Vec<Me
     Ok((methods, offers_gssapi.then_some(gssapi)))
 }
 
-/// With `--json`, SIGTERM and SIGINT end s5 after all sessions have written their objects. The signal, once it has
-/// arrived.
+/// With `--json`, SIGTERM and SIGINT end s5 after all sessions have written their objects.
 struct SignalWatch {
     received: Cell<Option<Signal>>,
     /// Closed by the signal.

@@ -68,8 +68,7 @@ impl RecvBatch {
     }
 }
 
-/// Datagrams that one call can send with GSO. All are to or from one peer, have the same header, and are as long as the
-/// first one; the last may be shorter.
+/// Datagrams for one call with GSO: of one peer, with one header, and as long as the first; the last may be shorter.
 pub(crate) struct GsoBatch<'a> {
     peer: Option<SocketAddr>,
     /// The datagrams, each with the header. In an empty batch, only the header.
