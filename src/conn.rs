@@ -52,7 +52,7 @@ pub enum Conn {
 
 /// A connection that is not registered with the event loop of any thread. Can be sent to another thread.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "as in Conn")]
+#[allow(missing_docs, reason = "as in Conn")]
 pub enum DetachedConn {
     Tcp(Socket),
     Unix(Socket),

@@ -12,7 +12,7 @@ use crate::proto::{Addr, Rep};
 
 /// Phase of the client handshake. `Accept` waits for the second reply to BIND.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "Display describes them")]
+#[allow(missing_docs, reason = "Display describes them")]
 pub enum Phase {
     ResolveTarget,
     ResolveProxy,
@@ -56,7 +56,7 @@ impl PhaseTimes {
 
 /// Cause of a failed handshake.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "Display describes the others")]
+#[allow(missing_docs, reason = "Display describes the others")]
 pub enum ClientErrorKind {
     /// Resolving the name of the first proxy or of the target, or connecting to it, failed.
     Unreachable(DialError),
@@ -89,7 +89,7 @@ impl From<DialError> for ClientErrorKind {
 
 /// A failed handshake. `proxy` is `None` for a direct connection. `target` is that of the request, or the next proxy.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "self-explanatory")]
+#[allow(missing_docs, reason = "self-explanatory")]
 pub struct ClientError {
     pub proxy: Option<String>,
     pub target: Option<String>,

@@ -35,7 +35,7 @@ const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 
 /// Cause of a failed connection, from the least to the most specific. Of several causes, [`dial`] returns the greatest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(missing_docs, reason = "Display describes the others")]
+#[allow(missing_docs, reason = "Display describes the others")]
 pub enum DialError {
     LocalResources,
     LocalAddr,
