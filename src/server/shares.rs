@@ -164,7 +164,7 @@ impl Usage {
         self.entry(client).in_use -= 1;
         self.update(client);
         // At most `limit / per_client` clients are at their limits and skipped.
-        let next = self.turns.values().copied().find(|client| self.has_room(*client))?.clone();
+        let next = self.turns.values().copied().find(|client| self.has_room(*client))?;
         self.try_use(next);
         let number = self.next_number();
         let entry = self.entry(next);
