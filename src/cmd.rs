@@ -47,15 +47,16 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// Returns the log level that the options select.
-    pub fn log_level(&self) -> LevelFilter {
-        match self {
-            Self::Serve(args) => args.log_level(),
+    /// Returns the logger that the options select.
+    pub fn logger(&self) -> Logger {
+        let level = match self {
+            Self::Serve(args) => return args.logger(),
             Self::Client(_, ClientArgs { quiet: true, .. }) => LevelFilter::Off,
             Self::Client(_, args) if args.prints_only_json() => LevelFilter::Off,
             Self::Client(_, ClientArgs { verbose: 0 | 1, .. }) => LevelFilter::Warn,
             Self::Client(..) => LevelFilter::Debug,
-        }
+        };
+        Logger::new(level, false, false)
     }
 
     /// Runs the mode until it ends.

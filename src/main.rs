@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use rustix::process::Signal;
-use s5::cmd::{self, Action, CliError, ExitStatus, Logger};
+use s5::cmd::{self, Action, CliError, ExitStatus};
 
 fn main() -> ExitCode {
     let Ok(args) = std::env::args_os().map(OsString::into_string).collect::<Result<Vec<String>, _>>() else {
@@ -24,9 +24,7 @@ fn main() -> ExitCode {
         }
         Err(error) => return error.print(),
     };
-    let level = mode.log_level();
-    log::set_max_level(level);
-    if log::set_boxed_logger(Box::new(Logger::new(level))).is_err() {
+    if mode.logger().install().is_err() {
         return CliError::usage("a logger is already set").print();
     }
     // A panic is one line and status 1, as any other error. Rust's default status 101 would mean REP 1.

@@ -64,8 +64,8 @@ use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::Listener;
 pub use local_addr::is_local;
-pub use log_queue::{eprint_line, flush};
-pub use log_shares::{LOGFMT_TARGET, admits_detail, current_session};
+pub use log_queue::{AccessLog, access_line, eprint_line, flush};
+pub use log_shares::{ACCESS_TARGET, LOGFMT_TARGET, admits_detail, current_session};
 use logins::Logins;
 use notify::Notifier;
 pub use options::{Chains, Filtering, Hop, Options, Quotas};
@@ -109,8 +109,13 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(Listener::addrs).collect())?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let is_restricted = options.sandbox;
+    // With the rights that it has at a reload.
+    let access_log = options.access_log.clone().map(|log| match (log.open)(&log.path) {
+        Ok(file) => Ok((log, file)),
+        Err(error) => Err(ServerError::AccessLog(log.path, error)),
+    });
     // From now on, a reader of stderr that stops reading stops neither sessions nor signals.
-    log_queue::start().map_err(ServerError::io("start a thread for the log"))?;
+    log_queue::start(access_log.transpose()?).map_err(ServerError::io("start a thread for the log"))?;
     for addr in ipv6_only(&policy.listen_addrs) {
         log::info!("{addr} accepts only IPv6 (for IPv4 too, use --listen *:{})", addr.port());
     }
@@ -146,6 +151,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let server = Arc::downgrade(&{ server });
     let reload = async || {
         notifier.reloading();
+        log_queue::reopen_access_log();
         // Sessions can have all other descriptors.
         spare.take();
         let loaded = load();
@@ -287,7 +293,11 @@ async fn run_until_shutdown(
     };
     let second_signal = async {
         // When a terminal is closed, the shell and the kernel may both send SIGHUP.
-        wait_end_signal(&mut signals, async || false).await?;
+        let reopen = async || {
+            log_queue::reopen_access_log();
+            false
+        };
+        wait_end_signal(&mut signals, reopen).await?;
         log::info!("shutting down: second signal, closing the remaining sessions");
         Ok(())
     };

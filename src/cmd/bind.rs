@@ -51,7 +51,7 @@ impl AddrOutput {
             Self::Descriptor(file) => file.write_all(line.as_bytes()),
             // A named pipe or a device.
             Self::File(path) if is_regular(path) == Some(false) => {
-                output_file::open(path, false)?.write_all(line.as_bytes())
+                output_file::open(path, File::options().append(true))?.write_all(line.as_bytes())
             }
             Self::File(path) => output_file::replace(path, 0o666, |file| file.write_all(line.as_bytes())),
         }

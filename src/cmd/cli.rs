@@ -2,8 +2,10 @@
 
 pub mod argv;
 pub(super) mod completions;
+pub mod escape;
 pub mod exit;
 pub(super) mod help;
+pub(super) mod logfmt;
 pub(super) mod logger;
 pub(super) mod manual;
 pub(super) mod output_file;

@@ -17,6 +17,8 @@ use ipnet::IpNet;
 use log::LevelFilter;
 
 use super::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
+use super::cli::logger::Logger;
+use super::cli::output_file;
 use super::cli::values::{
     parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout, parse_udp_relay,
 };
@@ -26,12 +28,12 @@ use crate::net::OutboundOptions;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{DEFAULT_PORT, Method, PortRange, ProtectionLevel};
-use crate::server::{self, Filtering, Hop, InheritedSocket, ListenAddr, Options, Quotas, RunAs, ServerError};
+use crate::server::{self, AccessLog, Filtering, Hop, InheritedSocket, ListenAddr, Options, Quotas, RunAs};
 use hops::HopSources;
 use load::{PolicySources, RuleOption};
 use values::{
-    default_threads, one_per_family, outbound, parse_allow, parse_balancers, parse_deny, parse_family, parse_filtering,
-    parse_mark, parse_rule,
+    accepted_methods, default_threads, one_per_family, outbound, parse_allow, parse_balancers, parse_deny,
+    parse_family, parse_filtering, parse_log_format, parse_mark, parse_rule,
 };
 
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
@@ -273,9 +275,17 @@ pub struct ServeArgs {
     #[argh(switch, short = 'v')]
     verbose: u8,
 
-    /// log only warnings and errors
+    /// log only warnings and errors. The file of --access-log still has all sessions.
     #[argh(switch, short = 'q')]
     quiet: bool,
+
+    /// format of the log: logfmt or json [default: logfmt]. With json, each line is a JSON object. See LOG.
+    #[argh(option, arg_name = "FORMAT", from_str_fn(parse_log_format), default = "false")]
+    log_format: bool,
+
+    /// log ended sessions to this file [default: stderr]. s5 appends to FILE, and opens it again at SIGHUP. See LOG.
+    #[argh(option, arg_name = "FILE")]
+    access_log: Option<PathBuf>,
 }
 
 /// Prints the result of an action, unless `--quiet` is set.
@@ -287,14 +297,14 @@ fn report(is_quiet: bool, text: String) -> CliResult {
 }
 
 impl ServeArgs {
-    pub(super) fn log_level(&self) -> LevelFilter {
-        match (self.quiet, self.verbose) {
-            (true, _) => LevelFilter::Warn,
-            (false, 0) if self.check => LevelFilter::Warn,
-            (false, 0) => LevelFilter::Info,
-            (false, 1) => LevelFilter::Debug,
-            (false, _) => LevelFilter::Trace,
-        }
+    pub(super) fn logger(&self) -> Logger {
+        let level = match self.verbose {
+            verbose if self.quiet || (self.check && verbose == 0) => LevelFilter::Warn,
+            0 => LevelFilter::Info,
+            1 => LevelFilter::Debug,
+            _ => LevelFilter::Trace,
+        };
+        Logger::new(level, self.log_format, self.access_log.is_some())
     }
 
     pub(super) fn run(mut self) -> CliResult {
@@ -308,7 +318,9 @@ impl ServeArgs {
             (_, None, None) => {}
         }
         let user_entry = users::entry_in_environment(self.users.is_some())?;
-        let methods = self.accepted_methods(self.users.is_some() || user_entry.is_some())?;
+        let has_users = self.users.is_some() || user_entry.is_some();
+        let has_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
+        let methods = accepted_methods(self.auth.as_deref(), has_users, has_gssapi)?;
         let sources = self.policy_sources(methods, user_entry)?;
         let mut inherited = InheritedSocket::from_systemd().map_err(CliError::usage)?;
         if !self.listen.is_empty() && !inherited.is_empty() {
@@ -330,31 +342,11 @@ impl ServeArgs {
         if let Some(request) = request {
             return explain::explain(policy, &options, &request);
         }
-        let reload = || sources.reload().map_err(|error| error.message);
-        let ended = if is_check { server::check(options, policy) } else { server::run(options, policy, &reload) };
-        ended.map_err(|error| match error {
-            ServerError::Io(operation, error) => CliError::new(ExitStatus::FAILURE, format!("{operation}: {error}")),
-            ServerError::Config(message) => CliError::new(ExitStatus::USAGE, message),
-        })?;
-        if is_check { report(is_quiet, "check passed: the options and files are valid".into()) } else { Ok(()) }
-    }
-
-    /// Returns the accepted methods, the preferred one first.
-    fn accepted_methods(&self, has_users: bool) -> CliResult<Vec<Method>> {
-        let has_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
-        let methods = self.auth.clone().unwrap_or_else(|| {
-            let candidates = [(has_users, Method::PASSWORD), (has_gssapi, Method::GSSAPI)];
-            let configured = candidates.into_iter().filter_map(|(is_set, method)| is_set.then_some(method));
-            let methods: Vec<Method> = configured.collect();
-            if methods.is_empty() { vec![Method::NONE] } else { methods }
-        });
-        let usage_error = |problem: &str| Err(CliError::usage(format!("--auth: {problem}")));
-        match (methods.contains(&Method::PASSWORD), methods.contains(&Method::GSSAPI)) {
-            (true, _) if !has_users => usage_error("password requires --users FILE"),
-            (false, _) if has_users => usage_error("--users and S5_USER require password in this list"),
-            (_, false) if has_gssapi => usage_error("--keytab and --gssapi-... require gssapi in this list"),
-            _ => Ok(methods),
+        if is_check {
+            server::check(options, policy)?;
+            return report(is_quiet, "check passed: the options and files are valid".into());
         }
+        Ok(server::run(options, policy, &|| sources.reload().map_err(|error| error.message))?)
     }
 
     fn policy_sources(&mut self, methods: Vec<Method>, user_entry: Option<String>) -> CliResult<PolicySources> {
@@ -444,6 +436,7 @@ impl ServeArgs {
             keep_sessions: self.keep_sessions,
             run_as: self.run_as,
             sandbox: !self.no_sandbox,
+            access_log: self.access_log.map(|path| AccessLog { path, open: output_file::append }),
             reload_files,
         })
     }

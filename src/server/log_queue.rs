@@ -1,108 +1,226 @@
-//! Writes the lines for stderr on another thread. So a reader of stderr that has stopped (a full pipe, a terminal after
-//! Ctrl-S) stops neither sessions nor signals. Lines above the limit of the queue are lost and counted.
+//! Writes the lines for stderr, and those for `--access-log`, each on another thread. So a reader of stderr that has
+//! stopped (a full pipe, a terminal after Ctrl-S) or a disk that does not answer stops neither sessions nor signals.
+//! Lines above the limit of a queue, or for which the disk has no space, are lost and counted.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::thread::{Builder, sleep};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{fstat, ftruncate, tell};
 use rustix::io::Errno;
 
 use super::log_shares::LOGFMT_TARGET;
 use super::shares::lock;
 
-/// Maximum number of lines in the queue. A line has about 250 bytes.
+/// Maximum number of lines in a queue. A line has about 250 bytes.
 const MAX_LINES: usize = 4096;
 /// Pause after each batch of lines, so that a busy server wakes the thread 100 times a second and not for each line.
 const PAUSE: Duration = Duration::from_millis(10);
+/// Pause after a line about lost lines, because a disk can become full many times a second.
+const PAUSE_AFTER_REPORT: Duration = Duration::from_millis(200);
 /// Time to write the queued lines at the exit.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-// Not a channel of std, which takes 8 KB of code.
-static QUEUE: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
-/// Notified of the first line in an empty queue.
-static HAS_LINE: Condvar = Condvar::new();
-static IS_STARTED: AtomicBool = AtomicBool::new(false);
-/// Lines that are not written yet.
-static WAITING: AtomicUsize = AtomicUsize::new(0);
-/// Lines that were lost since the last report.
-static LOST: AtomicU64 = AtomicU64::new(0);
+static STDERR: Queue = Queue::new();
+static ACCESS_LOG: Queue = Queue::new();
+/// Set when the access log is to be opened again.
+static REOPEN: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
-    static IS_WRITER: Cell<bool> = const { Cell::new(false) };
+    static WRITES_STDERR: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The file of `--access-log`.
+#[derive(Clone, Debug)]
+pub struct AccessLog {
+    /// Path of the file.
+    pub path: PathBuf,
+    /// Opens the file at the path to append to it, and creates it if it is missing.
+    pub open: fn(&Path) -> io::Result<File>,
+}
+
+/// The lines for a thread.
+// Not a channel of std, which takes 8 KB of code.
+struct Queue {
+    lines: Mutex<VecDeque<String>>,
+    /// Notified of the first line in an empty queue.
+    has_line: Condvar,
+    is_started: AtomicBool,
+    /// Lines that are not written yet.
+    waiting: AtomicUsize,
+    /// Lines that were lost since the last report.
+    lost: AtomicU64,
+}
+
+impl Queue {
+    const fn new() -> Self {
+        Self {
+            lines: Mutex::new(VecDeque::new()),
+            has_line: Condvar::new(),
+            is_started: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
+            lost: AtomicU64::new(0),
+        }
+    }
+
+    /// Starts the thread. It writes to stderr if there is no file.
+    fn start(&'static self, name: &str, mut file: Option<(AccessLog, File)>) -> io::Result<()> {
+        Builder::new().name(name.into()).spawn(move || self.run(&mut file))?;
+        self.is_started.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn push(&self, line: String) {
+        let mut lines = lock(&self.lines);
+        if lines.len() >= MAX_LINES {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        lines.push_back(line);
+        // Only for the first one: a notification is a system call.
+        if lines.len() == 1 {
+            self.has_line.notify_one();
+        }
+    }
+
+    fn run(&self, file: &mut Option<(AccessLog, File)>) {
+        WRITES_STDERR.set(file.is_none());
+        let mut error = None;
+        loop {
+            let is_idle =
+                |lines: &mut VecDeque<_>| lines.is_empty() && (WRITES_STDERR.get() || !REOPEN.load(Ordering::Relaxed));
+            drop(self.has_line.wait_while(lock(&self.lines), is_idle));
+            file.iter_mut().for_each(|(log, file)| log.reopen(file));
+            let (mut is_written, had_error) = (false, error.is_some());
+            // As many as wait while the first one is written. Later ones follow the report of lost lines.
+            for _ in 0..=MAX_LINES {
+                let Some(line) = lock(&self.lines).pop_front() else { break };
+                let written = match file {
+                    Some((_, file)) => write(file, &line),
+                    None => write(io::stderr(), &line),
+                };
+                is_written = written.is_ok();
+                self.lost.fetch_add(u64::from(!is_written), Ordering::Relaxed);
+                self.waiting.fetch_sub(1, Ordering::Release);
+                error = written.err().or(error);
+            }
+            let path = file.as_ref().map(|(log, _)| log.path.display().to_string());
+            let is_reported = match (path, &error) {
+                (None, _) if is_written => self.report("error=\"stderr was not read, or had an error\""),
+                (Some(path), None) => self.report(&format!("file={path:?} error=\"the disk was too slow\"")),
+                (Some(path), Some(error)) if is_written => self.report(&format!("file={path:?} error=\"{error}\"")),
+                (Some(path), Some(error)) if !had_error => {
+                    log::error!("--access-log {path}: {error}; lines are lost until it can be written");
+                    true
+                }
+                _ => false,
+            };
+            error = error.filter(|_| !is_written);
+            sleep(if is_reported { PAUSE_AFTER_REPORT } else { PAUSE });
+        }
+    }
+
+    /// Logs the number of lines that were lost since the last report. Returns whether there were any.
+    fn report(&self, fields: &str) -> bool {
+        let lost = self.lost.swap(0, Ordering::Relaxed);
+        if lost > 0 {
+            log::warn!(target: LOGFMT_TARGET, "msg=lost lines={lost} {fields}");
+        }
+        lost > 0
+    }
+
+    /// Waits until the queued lines are written, but not after the deadline.
+    fn flush(&self, deadline: Instant) {
+        while self.waiting.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+            sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl AccessLog {
+    /// Opens the file again after [`reopen_access_log`]. After an error, the lines still go to the file of before.
+    fn reopen(&self, file: &mut File) {
+        if REOPEN.swap(false, Ordering::Acquire) {
+            match (self.open)(&self.path) {
+                Ok(new) => *file = new,
+                Err(error) => log::error!("--access-log {}: {error}; keeping the open file", self.path.display()),
+            }
+        }
+    }
 }
 
 /// Writes a line to stderr: through the queue while the server runs, otherwise directly, which may block.
 pub fn eprint_line(line: &str) {
     let line = format!("{line}\n");
-    if !IS_STARTED.load(Ordering::Acquire) || IS_WRITER.get() {
+    if STDERR.is_started.load(Ordering::Acquire) && !WRITES_STDERR.get() {
+        STDERR.push(line);
+    } else {
         // There is no other place to report an error.
-        return drop(write(&line));
+        drop(write(io::stderr(), &line));
     }
-    let mut queue = lock(&QUEUE);
-    if queue.len() >= MAX_LINES {
-        LOST.fetch_add(1, Ordering::Relaxed);
-        return;
+}
+
+/// Writes a line to the access log. Returns false if there is none.
+pub fn access_line(line: impl FnOnce() -> String) -> bool {
+    let is_started = ACCESS_LOG.is_started.load(Ordering::Acquire);
+    if is_started {
+        ACCESS_LOG.push(line() + "\n");
     }
-    WAITING.fetch_add(1, Ordering::Relaxed);
-    queue.push_back(line);
-    // Only for the first one: a notification is a system call.
-    if queue.len() == 1 {
-        HAS_LINE.notify_one();
-    }
+    is_started
+}
+
+/// Opens the access log again before the next line, so that another program can rename it.
+pub(super) fn reopen_access_log() {
+    let _lines = lock(&ACCESS_LOG.lines);
+    REOPEN.store(true, Ordering::Release);
+    ACCESS_LOG.has_line.notify_one();
 }
 
 /// Waits until the queued lines are written, for at most a second.
 pub fn flush() {
     let deadline = Instant::now() + FLUSH_TIMEOUT;
-    while WAITING.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
-        sleep(Duration::from_millis(1));
-    }
+    ACCESS_LOG.flush(deadline);
+    ACCESS_LOG.report("error=\"the access log could not be written\"");
+    STDERR.flush(deadline);
 }
 
-/// Starts the thread.
-pub(super) fn start() -> io::Result<()> {
-    Builder::new().name("s5-log".into()).spawn(run)?;
-    IS_STARTED.store(true, Ordering::Release);
-    Ok(())
+/// Starts the threads.
+pub(super) fn start(access_log: Option<(AccessLog, File)>) -> io::Result<()> {
+    STDERR.start("s5-log", None)?;
+    access_log.map_or(Ok(()), |log| ACCESS_LOG.start("s5-access-log", Some(log)))
 }
 
-fn run() {
-    IS_WRITER.set(true);
-    loop {
-        drop(HAS_LINE.wait_while(lock(&QUEUE), |queue| queue.is_empty()));
-        let mut is_written = false;
-        // As many as wait while the first one is written. Later ones follow the report of lost lines.
-        for _ in 0..=MAX_LINES {
-            let Some(line) = lock(&QUEUE).pop_front() else { break };
-            is_written = write(&line).is_ok();
-            LOST.fetch_add(u64::from(!is_written), Ordering::Relaxed);
-            WAITING.fetch_sub(1, Ordering::Release);
-        }
-        if is_written && let lost @ 1.. = LOST.swap(0, Ordering::Relaxed) {
-            // Not through the queue, because this is its thread.
-            log::warn!(target: LOGFMT_TARGET, "msg=lost lines={lost} error=\"stderr was not read, or had an error\"");
-        }
-        sleep(PAUSE);
-    }
-}
-
-/// Writes a line to stderr in one write, since other processes may write there too.
-fn write(line: &str) -> io::Result<()> {
-    let stderr = io::stderr();
+/// Writes a line in one write, since other processes may write to the same file.
+fn write(file: impl AsFd, line: &str) -> io::Result<()> {
     let mut rest = line.as_bytes();
     while !rest.is_empty() {
-        match rustix::io::write(&stderr, rest) {
+        match rustix::io::write(&file, rest) {
             Ok(n) => rest = rest.get(n..).unwrap_or_default(),
             Err(Errno::INTR) => {}
             // Another process has made it non-blocking.
-            Err(Errno::AGAIN) => drop(poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], None)),
-            Err(error) => return Err(error.into()),
+            Err(Errno::AGAIN) => drop(poll(&mut [PollFd::new(&file, PollFlags::OUT)], None)),
+            Err(error) => {
+                remove_end(file, line.len() - rest.len());
+                return Err(error.into());
+            }
         }
     }
     Ok(())
+}
+
+/// Removes the start of a line that the disk has no space for, unless another process has written after it.
+fn remove_end(file: impl AsFd, len: usize) {
+    let (len, end) = (len as u64, tell(&file).unwrap_or_default());
+    if len > 0 && fstat(&file).is_ok_and(|stat| u64::try_from(stat.st_size).is_ok_and(|size| size == end)) {
+        let _ = ftruncate(&file, end.saturating_sub(len));
+    }
 }

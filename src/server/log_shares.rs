@@ -16,6 +16,8 @@ use crate::net::sleep_until;
 
 /// Target of records in logfmt. The logger adds time and level as further fields.
 pub const LOGFMT_TARGET: &str = "s5::session";
+/// Target of records in logfmt about ended sessions, for `--access-log`.
+pub const ACCESS_TARGET: &str = "s5::access";
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum number of clients that are counted separately in an interval. All further clients are counted together.
 const MAX_CLIENTS: usize = 4096;
@@ -41,6 +43,13 @@ impl Topic {
             Self::Session | Self::Refused => Level::Info,
             Self::Login | Self::Warning => Level::Warn,
             Self::Step => Level::Debug,
+        }
+    }
+
+    fn target(self) -> &'static str {
+        match self {
+            Self::Session | Self::Login | Self::Refused => ACCESS_TARGET,
+            Self::Step | Self::Warning => LOGFMT_TARGET,
         }
     }
 
@@ -81,7 +90,7 @@ fn shares() -> MutexGuard<'static, Shares> {
 
 /// Returns whether a line may be logged, and counts it. `client` is `None` for a topic that all clients share.
 pub(super) fn admit(topic: Topic, client: Option<ClientKey>) -> bool {
-    if !log::log_enabled!(target: LOGFMT_TARGET, topic.level()) {
+    if !log::log_enabled!(target: topic.target(), topic.level()) {
         return false;
     }
     let mut shares = shares();
@@ -117,7 +126,7 @@ fn log_left_out(lines: HashMap<Key, (u32, u32)>) {
     for ((topic, client), (_, left_out)) in lines.into_iter().filter(|(_, (_, left_out))| *left_out > 0) {
         let from = client.map_or(String::new(), |client| format!(" from={client}"));
         let name = format!("{topic:?}").to_lowercase();
-        log::log!(target: LOGFMT_TARGET, topic.level(), "msg=omitted topic={name}{from} lines={left_out}");
+        log::log!(target: topic.target(), topic.level(), "msg=omitted topic={name}{from} lines={left_out}");
     }
 }
 

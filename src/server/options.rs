@@ -9,6 +9,7 @@ use ipnet::IpNet;
 
 use super::inherited::InheritedSocket;
 use super::listen::ListenAddr;
+use super::log_queue::AccessLog;
 use super::run_as::RunAs;
 use crate::client::{ClientOptions, Proxy};
 use crate::gssapi::Acceptor;
@@ -68,6 +69,8 @@ pub struct Options {
     pub run_as: Option<RunAs>,
     /// Set to restrict the process once it listens.
     pub sandbox: bool,
+    /// File for the lines of ended sessions. `None`: stderr.
+    pub access_log: Option<AccessLog>,
     /// Files of the command line that the server opens again.
     pub reload_files: Vec<PathBuf>,
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use log::Level;
 
 use super::counters::COUNTERS;
-use super::log_shares::{LOGFMT_TARGET, Topic, admit};
+use super::log_shares::{ACCESS_TARGET, LOGFMT_TARGET, Topic, admit};
 use super::options::Hop;
 use super::shares::ClientKey;
 use super::worker;
@@ -335,7 +335,7 @@ impl Drop for SessionLog {
             error => error.map_or(Topic::Session, |(topic, _)| *topic),
         };
         if self.admit(topic) {
-            log::log!(target: LOGFMT_TARGET, topic.level(), "msg=session {self}");
+            log::log!(target: ACCESS_TARGET, topic.level(), "msg=session {self}");
         }
     }
 }

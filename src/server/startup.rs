@@ -3,6 +3,7 @@
 use std::io;
 use std::mem::take;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 
 use super::listen::Listener;
 use super::local_addr::is_local;
@@ -18,6 +19,8 @@ use crate::proto::Host;
 pub enum ServerError {
     /// A failed operation, and its error.
     Io(String, io::Error),
+    /// The access log cannot be written.
+    AccessLog(PathBuf, io::Error),
     /// A refused configuration: an open relay or a proxy loop.
     Config(String),
 }

@@ -68,9 +68,17 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     {
         return;
     }
+    ["logfmt", "json"].into_iter().for_each(check_filter);
+}
+
+/// Compares the matches with the failed logins, with an access log in this format.
+fn check_filter(format: &str) {
     let valid_name = "a\" error=\"login refused";
     let (_dir, users) = users_file(&[("alice", "secret"), (valid_name, "secret")]);
     let args = ["--listen", "[::1]:0", "--users", &users, "--deny", "to=.evil", "--max-per-user", "2", "-v", "-v"];
+    let logs = temp_dir();
+    let file = logs.path().join("access.log").display().to_string();
+    let args = [&args[..], &["--log-format", format, "--access-log", &file]].concat();
     let server = serve("127.0.0.1:0", 2, &args);
     let mut expected = Vec::new();
     let names = user_names();
@@ -119,8 +127,10 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
         others += 1;
     }
     let all = expected.len() + others;
-    let log = server.wait_log(|log| session_lines(log).len() >= all);
-    assert_eq!(session_lines(&log).len(), all, "one line each:\n{log}");
+    let read_log = || fs::read_to_string(&file).expect("file read");
+    wait_until("all sessions have a line", TIMEOUT, || read_log().lines().count() >= all);
+    let log = read_log();
+    assert_eq!(log.lines().count(), all, "one line each:\n{log}");
     // A Kerberos login that has failed; tests/kerberos has the real line.
     let kerberos = "ts=2026-11-27T00:00:00.000Z level=warn msg=session id=1 from=127.11.9.9:1 up=0 down=0 seconds=0.002 \
                     error=\"login refused (GSSAPI: Unspecified GSS failure \\\"x\\\")\"\n";
@@ -139,7 +149,10 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     let seconds = |time: &str| format!("{time} host s5[123]:");
     let day = "2026-11-23T23:30:48";
     for start in ["host s5[123]:".into(), seconds("Nov 23 23:30:48"), seconds(&format!("{day}.827123+00:00"))] {
-        let in_journal = |line: &str| format!("{start} {}\n", line.split_once(' ').expect("a time").1);
+        let in_journal = |line: &str| match line.strip_prefix('{') {
+            Some(json) => format!("{start} {{{}\n", json.split_once(',').expect("a time").1),
+            None => format!("{start} {}\n", line.split_once(' ').expect("a time").1),
+        };
         let from_pipe = |line: &str| format!("{start} {line}\n");
         for file in [log.lines().map(in_journal).collect::<String>(), log.lines().map(from_pipe).collect()] {
             assert_eq!(addresses(matches(dir.path(), &file, "UTC")), expected, "{start}");

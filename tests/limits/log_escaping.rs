@@ -1,5 +1,6 @@
 //! Values from clients, targets and hops are escaped in the log, and secrets are never logged.
 
+use crate::support::bytes::hex;
 use crate::*;
 
 /// Attacks on readers of the log: texts that end a line or a value, control a terminal, or reverse the following text.
@@ -254,4 +255,69 @@ fn passwords_and_hashes_are_not_logged_at_trace_level() {
         let secrets = ["sesame", hash, &hash[7..29], &hash[29..]];
         assert_eq!(secrets.into_iter().find(|secret| log.contains(secret)), None, "{log}");
     }
+}
+
+/// Prints the keys of each line, the keys of its numbers, and the bytes of its user name. Fails if a line is not an object,
+/// or has a key twice.
+const READ_JSON: &str = "
+import json, sys
+def pairs(pairs):
+    assert len(dict(pairs)) == len(pairs), pairs
+    return dict(pairs)
+for line in sys.stdin:
+    fields = json.loads(line, object_pairs_hook=pairs)
+    numbers = [key for key, value in fields.items() if not isinstance(value, str)]
+    print(fields['msg'], ','.join(fields), ','.join(numbers), fields.get('user', '').encode().hex(' '), sep='|')
+";
+
+#[test]
+fn json_lines_have_the_values_that_clients_sent() {
+    if !is_installed("python3") {
+        return;
+    }
+    let (_dir, users) = users_file(&[("alice", "secret")]);
+    let server = Server::start(&["--users", &users, "-vv", "--log-format", "json"]);
+    for uname in ATTACKS {
+        assert_ne!(log_in(&server, unused_client_ip(), uname, b"wrong").1, 0, "{}", uname.escape_ascii());
+    }
+    let (mut stream, status) = log_in(&server, unused_client_ip(), b"alice", b"secret");
+    assert_eq!(status, 0);
+    stream.write_all(&request_bytes(CONNECT, b"a\"b\\.test", 80)).expect("request sent");
+    assert_ne!(read_reply(&mut stream).0, 0);
+    drop(stream);
+    server.signal("USR1");
+    let ended = |log: &str| log.matches("\"msg\":\"session\"").count();
+    let log = server.wait_log(|log| ended(log) > ATTACKS.len() && log.contains("\"msg\":\"counters\""));
+    assert!(log.contains(r#""to":"a\"b\\.test:80""#), "{log}");
+    let read =
+        String::from_utf8(stdout(Command::new("python3").args(["-c", READ_JSON]), log.as_bytes())).expect("ASCII");
+    let (mut names, mut kinds) = (Vec::new(), BTreeSet::new());
+    for line in read.lines() {
+        let fields: Vec<&str> = line.split('|').collect();
+        let [kind, keys, numbers, user] = fields[..] else { panic!("{line}") };
+        kinds.insert(kind);
+        assert!(keys.starts_with("ts,level,msg"), "{line}");
+        if kind == "session" {
+            assert!(keys.split(',').skip(3).all(|key| KEYS.contains(&key)), "{line}");
+            assert!(["id,up,down,seconds", "id,rep,up,down,seconds"].contains(&numbers), "{line}");
+            names.push(user.to_owned());
+        }
+    }
+    let expected = ["detail", "session", "counters", "start", "greeting", "login", "lookup", "request"];
+    assert!(expected.iter().all(|kind| kinds.contains(kind)), "{kinds:?}");
+    let is_text = |uname: &[u8]| std::str::from_utf8(uname).is_ok();
+    // Bytes that are not UTF-8 keep their escapes.
+    let value =
+        |uname: &[u8]| if is_text(uname) { uname.to_vec() } else { uname.escape_ascii().to_string().into_bytes() };
+    let expected = ATTACKS.iter().map(|uname| hex(&value(uname)));
+    names.sort_unstable();
+    let mut expected: Vec<String> = expected.chain([hex(b"alice")]).collect();
+    expected.sort_unstable();
+    assert_eq!(names, expected);
+    let output = run(s5().args(["serve", "--log-format", "json", "--rules", "/nonexistent"]), b"", TIMEOUT);
+    let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(
+        stderr.contains("\"level\":\"error\",\"msg\":\"detail\",\"module\":\"s5\",\"text\":\"--rules /nonexistent: ")
+    );
+    stdout(Command::new("python3").args(["-c", READ_JSON]), stderr.as_bytes());
 }

@@ -1,5 +1,6 @@
 //! The server, end to end: listening, the handshake, logins, the connection limit, the session log and shutdown.
 
+mod access_log;
 mod activation;
 mod check;
 mod connection_limit;

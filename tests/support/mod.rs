@@ -98,7 +98,8 @@ impl Server {
         let mut server = Self { program, addrs: Vec::new() };
         let text = server.wait_log(|log| log.matches("listening on ").count() >= count);
         let listening = text.lines().filter_map(|line| line.split_once("listening on "));
-        server.addrs = listening.filter_map(|(_, addr)| addr.parse().ok()).collect();
+        server.addrs =
+            listening.filter_map(|(_, addr)| addr.trim_end_matches('}').trim_end_matches('"').parse().ok()).collect();
         server
     }
 

@@ -3,18 +3,17 @@
 //! An error is one line on stderr: `s5: `, the operation that failed, the phase, the reason and, if there is one, the
 //! remedy. It is in lower case, has no full stop and never contains a password.
 
-use std::env;
 use std::fmt;
-use std::io;
 use std::process::ExitCode;
-use std::sync::OnceLock;
-
-use log::Level;
 
 use super::argv::with_typed_names;
+pub(crate) use super::escape::escape;
+use super::escape::plain_os_errors;
+use super::logger::error_line;
 use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::net::DialError;
 use crate::proto::Rep;
+use crate::server::ServerError;
 pub use crate::server::eprint_line;
 
 /// An exit status. The numbers are stable. Errors that curl(1) also reports have curl's number.
@@ -119,7 +118,7 @@ impl CliError {
     /// Prints the message and returns the exit status.
     pub fn print(self) -> ExitCode {
         if !self.message.is_empty() {
-            eprint_line(&format!("{}s5: {self}", journal_priority(Level::Error)));
+            eprint_line(&error_line(&self.to_string()));
         }
         ExitCode::from(self.status.code())
     }
@@ -132,23 +131,16 @@ impl fmt::Display for CliError {
     }
 }
 
-/// Escapes all characters that a terminal does not show as themselves: those that are invisible or change direction.
-pub fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if is_visible(c) { out.push(c) } else { out.extend(c.escape_default()) }
-    }
-    out
-}
-
-/// Returns true for letters, digits, punctuation and symbols of any script, and for the space.
-pub(crate) fn is_visible(c: char) -> bool {
-    match c {
-        // Letters and a symbol that are blank: the fillers of Hangul, and the empty Braille pattern.
-        '\u{115f}' | '\u{1160}' | '\u{3164}' | '\u{ffa0}' | '\u{2800}' => false,
-        '"' | '\'' | '\\' => true,
-        // Debug escapes controls, format characters, separators, and marks, of which many are parts of letters.
-        c => c.is_alphanumeric() || c.escape_debug().len() == 1,
+impl From<ServerError> for CliError {
+    fn from(error: ServerError) -> Self {
+        match error {
+            ServerError::Io(operation, error) => Self::new(ExitStatus::FAILURE, format!("{operation}: {error}")),
+            ServerError::AccessLog(file, error) => {
+                let hint = "its directory must exist, and the user of the server must be allowed to write there";
+                Self::new(ExitStatus::WRITE_STDOUT, format!("--access-log {}: {error} ({hint})", file.display()))
+            }
+            ServerError::Config(message) => Self::new(ExitStatus::USAGE, message),
+        }
     }
 }
 
@@ -173,34 +165,5 @@ impl From<ClientError> for CliError {
             }
         };
         Self { is_final, ..Self::new(status, error.to_string()) }
-    }
-}
-
-/// Changes system errors in a message to the style of s5: lower case, without the number that [`io::Error`] appends.
-pub fn plain_os_errors(message: String) -> String {
-    let after_number = message.split(" (os error ").skip(1);
-    let numbers: Vec<i32> = after_number.filter_map(|text| text.split(')').next()?.parse().ok()).collect();
-    numbers.into_iter().fold(message, |message, number| {
-        let error = io::Error::from_raw_os_error(number).to_string();
-        let text = error.trim_end_matches(&format!(" (os error {number})"));
-        let (first, others) = text.split_at_checked(1).unwrap_or((text, ""));
-        message.replace(&error, &(first.to_lowercase() + others))
-    })
-}
-
-/// Returns the start of a line that the journal of systemd reads as its priority (sd-daemon(3)), such as `<6>`. Empty
-/// if stderr is not the journal: JOURNAL_STREAM (systemd.exec(5)) is inherited also if stderr is redirected.
-pub(super) fn journal_priority(level: Level) -> &'static str {
-    static IS_JOURNAL: OnceLock<bool> = OnceLock::new();
-    let is_journal = || {
-        let stat = rustix::fs::fstat(io::stderr()).map(|stat| format!("{}:{}", stat.st_dev, stat.st_ino));
-        stat.is_ok_and(|stat| env::var("JOURNAL_STREAM") == Ok(stat))
-    };
-    match level {
-        _ if !*IS_JOURNAL.get_or_init(is_journal) => "",
-        Level::Error => "<3>",
-        Level::Warn => "<4>",
-        Level::Info => "<6>",
-        Level::Debug | Level::Trace => "<7>",
     }
 }

@@ -25,13 +25,16 @@ const GROUPS: [(&str, &str); 11] = [
 ];
 
 /// Options that only the manual has, so that the help fits on two screens: few users need them.
-const ONLY_IN_MANUAL: [&str; 8] = [
+const ONLY_IN_MANUAL: &[&str] = &[
     "--advertise-bind",
     "--advertise-udp",
     "--outbound-interface",
     "--mark",
     "--prefer",
     "--hop-udp-relay",
+    "--hop-auth",
+    "--keep-sessions",
+    "--log-format",
     "--rate-per-user",
     "--udp-filtering",
 ];

@@ -48,18 +48,20 @@ pub(crate) fn resolve_links(path: &Path) -> io::Result<PathBuf> {
     Ok(resolved)
 }
 
-/// Opens a file for writing, with O_NONBLOCK: s5 does not wait for the reader of a named pipe. If `creates` is set, a
-/// missing file is created, and an existing one is emptied.
+/// Opens a file for writing, with O_NONBLOCK: s5 does not wait for the reader of a named pipe.
 ///
 /// # Errors
 /// Those of [`resolve_links`] and open(2). ENXIO: a named pipe has no reader.
-pub(crate) fn open(path: &Path, creates: bool) -> io::Result<File> {
+pub(crate) fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     let path = resolve_links(path)?;
     let flags = if path.starts_with(PROC) { OFlags::NONBLOCK } else { OFlags::NONBLOCK | OFlags::NOFOLLOW };
     let flags = i32::try_from(flags.bits()).unwrap_or_default();
-    let mut options = OpenOptions::new();
-    options.write(true).append(!creates).create(creates).truncate(creates).custom_flags(flags);
-    options.open(path)
+    options.custom_flags(flags).open(path)
+}
+
+/// Opens a file to append to it. Creates it if it is missing, with mode 640 without the bits of the umask.
+pub(crate) fn append(path: &Path) -> io::Result<File> {
+    open(path, OpenOptions::new().append(true).create(true).mode(0o640))
 }
 
 /// Replaces the file at a path without symbolic links atomically: a reader sees all of the new file or nothing. `write`

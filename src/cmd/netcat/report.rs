@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use super::descriptor;
 use crate::client::{Client, Phase};
-use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line, is_visible};
+use crate::cmd::cli::escape::quote;
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use crate::cmd::cli::output_file;
 use crate::cmd::cli::syntax::OPTIONAL_VALUE;
 use crate::net::{ByteCounts, RelayStats, Side};
@@ -41,7 +42,8 @@ impl JsonOutput {
         let file_error = |status| move |error: io::Error| CliError::new(status, format!("--json={text}: {error}"));
         let file = match descriptor::fd_number(text) {
             Some(number) => descriptor::take_fd(number).map_err(file_error(ExitStatus::USAGE))?,
-            None => output_file::open(Path::new(text), true).map_err(file_error(ExitStatus::WRITE_STDOUT))?,
+            None => output_file::open(Path::new(text), File::options().write(true).create(true).truncate(true))
+                .map_err(file_error(ExitStatus::WRITE_STDOUT))?,
         };
         Ok(Self::File(Rc::new(file)))
     }
@@ -186,17 +188,4 @@ fn or_null(value: Option<impl ToString>) -> String {
 /// Formats a time in milliseconds, with microseconds as decimals.
 pub fn format_millis(time: Duration) -> String {
     format!("{}.{:03}", time.as_millis(), time.subsec_micros() % 1000)
-}
-
-/// Quotes a string. The reader of the object may be a terminal, so invisible characters are escaped too.
-pub fn quote(text: &str) -> String {
-    let mut out = String::from("\"");
-    for c in text.chars() {
-        match c {
-            '"' | '\\' => out.extend(['\\', c]),
-            c if is_visible(c) => out.push(c),
-            c => out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}"))),
-        }
-    }
-    out + "\""
 }

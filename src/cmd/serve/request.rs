@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use percent_encoding::{AsciiSet, CONTROLS, percent_encode};
 
+use crate::cmd::cli::logfmt::{Value, next_field};
 use crate::policy::Policy;
 use crate::policy::rules::{AccessRequest, Identity, decode_user};
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, parse_port, split_host_port};
@@ -29,11 +30,6 @@ pub(super) struct ExplainedRequest {
     pub(super) to: Option<Addr>,
     /// The address of the target that a log line has. Its port counts if that of the target is 0.
     pub(super) addr: Option<SocketAddr>,
-}
-
-struct Value {
-    bytes: Vec<u8>,
-    is_quoted: bool,
 }
 
 impl Value {
@@ -191,53 +187,5 @@ fn log_line(text: &str) -> Option<&str> {
             return Some(next);
         }
         rest = next;
-    }
-}
-
-/// Splits the first field off. Returns its text, key and value, and the rest.
-fn next_field(text: &str) -> Result<Option<(&str, &str, Value, &str)>, String> {
-    let Some(word) = text.split_whitespace().next() else { return Ok(None) };
-    let (key, _) = word.split_once('=').ok_or_else(|| match word {
-        "allow" | "deny" => format!("{word:?} begins a rule, but a request has only key=value"),
-        _ => format!("expected key=value, such as to=example.org:80, found {word:?}"),
-    })?;
-    let after = text.get(key.len() + 1..).unwrap_or_default();
-    let Some(quoted) = after.strip_prefix('"') else {
-        let (_, rest) = text.split_at(word.len());
-        let bytes = word.get(key.len() + 1..).unwrap_or_default().into();
-        return Ok(Some((word, key, Value { bytes, is_quoted: false }, rest)));
-    };
-    let (bytes, rest) = unquote(quoted).ok_or_else(|| format!("{word:?}: invalid escape, or no closing quote"))?;
-    Ok(Some((word, key, Value { bytes, is_quoted: true }, rest)))
-}
-
-/// Decodes a value of the log up to its closing quote. Returns it and the rest.
-fn unquote(text: &str) -> Option<(Vec<u8>, &str)> {
-    let (mut bytes, mut rest) = (Vec::new(), text);
-    loop {
-        let (plain, special) = rest.split_at(rest.find(['"', '\\'])?);
-        bytes.extend(plain.bytes());
-        if let Some(after) = special.strip_prefix('"') {
-            return Some((bytes, after));
-        }
-        let mut chars = special.get(1..)?.chars();
-        match chars.next()? {
-            'n' => bytes.push(b'\n'),
-            'r' => bytes.push(b'\r'),
-            't' => bytes.push(b'\t'),
-            '0' => bytes.push(0),
-            'x' => {
-                bytes.push(u8::from_str_radix(chars.as_str().get(..2)?, 16).ok()?);
-                chars.nth(1);
-            }
-            'u' => {
-                let (digits, after) = chars.as_str().strip_prefix('{')?.split_once('}')?;
-                let decoded = char::from_u32(u32::from_str_radix(digits, 16).ok()?)?;
-                bytes.extend(decoded.encode_utf8(&mut [0; 4]).bytes());
-                chars = after.chars();
-            }
-            other => bytes.extend(other.encode_utf8(&mut [0; 4]).bytes()),
-        }
-        rest = chars.as_str();
     }
 }

@@ -10,6 +10,7 @@ use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::cmd::cli::values::parse_choice;
 use crate::net::LocalAddr;
 use crate::policy::rules::parse_cidr;
+use crate::proto::Method;
 use crate::server::Filtering;
 
 pub(super) fn default_threads() -> u16 {
@@ -54,6 +55,10 @@ pub(super) fn parse_balancers(text: &str) -> Result<Vec<Option<IpNet>>, String> 
     text.split(',').map(parse).collect()
 }
 
+pub(super) fn parse_log_format(text: &str) -> Result<bool, String> {
+    parse_choice(text, [("logfmt", false), ("json", true)])
+}
+
 pub(super) fn parse_filtering(text: &str) -> Result<Filtering, String> {
     let choices =
         [("address-dependent", Filtering::AddressDependent), ("endpoint-independent", Filtering::EndpointIndependent)];
@@ -76,4 +81,24 @@ pub(super) fn parse_allow(conditions: &str) -> Result<RuleOption, String> {
 
 pub(super) fn parse_deny(conditions: &str) -> Result<RuleOption, String> {
     rule_option("--deny", format!("deny {conditions}"))
+}
+
+/// Returns the accepted methods, the preferred one first.
+pub(super) fn accepted_methods(auth: Option<&[Method]>, has_users: bool, has_gssapi: bool) -> CliResult<Vec<Method>> {
+    let methods = auth.map_or_else(
+        || {
+            let candidates = [(has_users, Method::PASSWORD), (has_gssapi, Method::GSSAPI)];
+            let configured = candidates.into_iter().filter_map(|(is_set, method)| is_set.then_some(method));
+            let methods: Vec<Method> = configured.collect();
+            if methods.is_empty() { vec![Method::NONE] } else { methods }
+        },
+        <[Method]>::to_vec,
+    );
+    let usage_error = |problem: &str| Err(CliError::usage(format!("--auth: {problem}")));
+    match (methods.contains(&Method::PASSWORD), methods.contains(&Method::GSSAPI)) {
+        (true, _) if !has_users => usage_error("password requires --users FILE"),
+        (false, _) if has_users => usage_error("--users and S5_USER require password in this list"),
+        (_, false) if has_gssapi => usage_error("--keytab and --gssapi-... require gssapi in this list"),
+        _ => Ok(methods),
+    }
 }

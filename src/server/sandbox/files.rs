@@ -102,6 +102,18 @@ fn allowed(options: &Options) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     });
     // The files of the sockets are removed at the end.
     all.extend(sockets.map(|dir| (dir, AccessFs::RemoveFile.into())));
+    if let Some(log) = &options.access_log {
+        match (fs::canonicalize(&log.path), fs::metadata(&log.path)) {
+            // A device or a pipe, which is not created again.
+            (Ok(file), Ok(metadata)) if !metadata.is_file() => all.push((file, write)),
+            // A pipe without a path, such as /dev/stdout. Landlock does not restrict it.
+            (Err(_), Ok(_)) => {}
+            // A new file has no rule of its own.
+            (file, _) => {
+                all.extend(dir_of(file.as_ref().unwrap_or(&log.path)).map(|dir| (dir, write | AccessFs::MakeReg)))
+            }
+        }
+    }
     if options.uses_kerberos() {
         all.extend(KERBEROS_FILES.map(|path| (path.into(), read)));
         all.extend(variables(&KERBEROS_VARIABLES).iter().filter_map(|file| dir_of(file)).map(|dir| (dir, read)));

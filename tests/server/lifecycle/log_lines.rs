@@ -30,17 +30,19 @@ impl DatagramLog {
 }
 
 /// Runs one session of a very verbose server. Returns all writes.
-fn writes_of_a_session(journal_stream: impl FnOnce(u64, u64) -> String) -> Vec<String> {
+fn writes_of_a_session(format: &str, journal_stream: impl FnOnce(u64, u64) -> String) -> Vec<String> {
     let mut command = s5();
-    let log = DatagramLog::start(command.args(["serve", "-vv", "--listen", "127.0.0.1:0"]), journal_stream);
+    command.args(["serve", "-vv", "--listen", "127.0.0.1:0", "--log-format", format]);
+    let log = DatagramLog::start(&mut command, journal_stream);
     let mut writes = vec![log.next()];
-    let addr: SocketAddr = writes[0].trim().rsplit(' ').next().and_then(|addr| addr.parse().ok()).expect("an address");
+    let addr = writes[0].trim().trim_end_matches("\"}").rsplit(' ').next().and_then(|addr| addr.parse().ok());
+    let addr: SocketAddr = addr.expect("an address");
     let sandbox = log.next();
     assert!(sandbox.contains("sandbox: "), "{sandbox}");
     let mut stream = greet_at(addr);
     stream.write_all(&request(CONNECT, closed_port())).expect("request sent");
     assert_eq!(read_reply(&mut stream).0, 5);
-    while !writes.last().is_some_and(|line| line.contains("msg=session ")) {
+    while !writes.last().is_some_and(|line| line.contains("session") && line.contains("seconds")) {
         writes.push(log.next());
     }
     assert!(writes.len() > 4, "{writes:?}");
@@ -50,7 +52,7 @@ fn writes_of_a_session(journal_stream: impl FnOnce(u64, u64) -> String) -> Vec<S
 
 #[test]
 fn journal_lines_have_a_priority_and_no_time() {
-    let writes = writes_of_a_session(|device, inode| format!("{device}:{inode}"));
+    let writes = writes_of_a_session("logfmt", |device, inode| format!("{device}:{inode}"));
     assert!(writes[0].starts_with("<6>INFO  [s5::server] listening on "), "{writes:?}");
     assert!(writes.last().is_some_and(|line| line.starts_with("<6>level=info msg=session id=1 ")), "{writes:?}");
     for line in &writes[1..writes.len() - 1] {
@@ -59,10 +61,20 @@ fn journal_lines_have_a_priority_and_no_time() {
 }
 
 #[test]
+fn json_lines_in_the_journal_have_a_priority_and_no_time() {
+    let writes = writes_of_a_session("json", |device, inode| format!("{device}:{inode}"));
+    let start = "<6>{\"level\":\"info\",\"msg\":\"detail\",\"module\":\"s5::server\",\"text\":\"listening on ";
+    assert!(writes[0].starts_with(start), "{writes:?}");
+    let start = "<6>{\"level\":\"info\",\"msg\":\"session\",\"id\":1,";
+    assert!(writes.last().is_some_and(|line| line.starts_with(start)), "{writes:?}");
+    assert!(writes.iter().all(|line| line.ends_with("}\n") && !line.contains("\"ts\"")), "{writes:?}");
+}
+
+#[test]
 fn lines_outside_of_the_journal_have_a_time_and_no_priority() {
     // A parent that redirects stderr passes its JOURNAL_STREAM on.
     for stream in [|_, inode| format!("0:{inode}"), |device, _| format!("{device}:0"), |_, _| String::new()] {
-        let writes = writes_of_a_session(stream);
+        let writes = writes_of_a_session("logfmt", stream);
         assert!(writes[0].starts_with("20") && writes[0].contains("Z INFO  [s5::server] listening on "), "{writes:?}");
         assert!(writes[1..].iter().all(|line| line.starts_with("ts=20") && line.contains("Z level=")), "{writes:?}");
     }

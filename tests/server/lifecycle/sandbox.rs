@@ -55,7 +55,9 @@ fn code_inside_of_the_server_cannot_open_files_execute_trace_or_use_raw_sockets(
             probes.map(|(name, errno)| (name.to_owned(), errno.parse::<i32>().expect("an errno"))).collect();
         (server, probes)
     };
-    for args in [&[][..], &["--run-as", "nobody"]] {
+    let log = dir.path().join("s5/log").join("access.log").display().to_string();
+    fs::create_dir(dir.path().join("s5/log")).expect("folder created");
+    for args in [&[][..], &["--access-log", &log], &["--run-as", "nobody"]] {
         let (server, probes) = start(args);
         if !sandbox_line(&server).ends_with("Landlock ABI 7, seccomp") {
             return record_skip("the kernel lacks a part of the sandbox");

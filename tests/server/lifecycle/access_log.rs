@@ -1,0 +1,181 @@
+//! The file of `--access-log`: rotation, full disks, files that block, permissions.
+
+use std::os::unix::fs::{MetadataExt as _, chown, lchown};
+
+use crate::*;
+
+/// A folder for the log, and the path of the file.
+fn log_file() -> (TempDir, String) {
+    let dir = temp_dir();
+    let file = dir.path().join("access.log").display().to_string();
+    (dir, file)
+}
+
+/// Runs a session that the target refuses, from a client address of its own.
+fn run_session(server: &Server) {
+    let mut stream = greet_from(server, unused_client_ip());
+    stream.write_all(&request(CONNECT, server.addr())).expect("request sent");
+    assert_eq!(read_reply(&mut stream).0, 2);
+}
+
+/// Returns the ids of the session lines in all files of a folder, sorted. Fails if a line is not whole.
+fn ids(dir: &Path) -> Vec<usize> {
+    let files = fs::read_dir(dir).expect("folder read").flatten().map(|entry| entry.path());
+    let text = files.map(|file| fs::read_to_string(file).expect("file read")).collect::<String>();
+    assert!(text.is_empty() || text.ends_with('\n'), "{text}");
+    let id = |line: &str| {
+        let fields =
+            line.split_once(" level=info msg=session id=").filter(|(ts, _)| ts.len() == "ts=T.123Z".len() + 18);
+        let (id, rest) = fields.and_then(|(_, fields)| fields.split_once(' ')).unwrap_or_else(|| panic!("{line}"));
+        assert!(rest.starts_with("from=127.") && rest.ends_with('"') && rest.matches("from=").count() == 1, "{line}");
+        id.parse().expect("a number")
+    };
+    let mut ids: Vec<usize> = text.lines().map(id).collect();
+    ids.sort_unstable();
+    ids
+}
+
+#[test]
+fn access_log_has_all_sessions_and_stderr_all_other_lines() {
+    let (_dir, file) = log_file();
+    let sessions = || fs::read_to_string(&file).expect("file read").matches(" level=info msg=session ").count();
+    fs::write(&file, "ts=2026-11-27T00:00:00.000Z level=info msg=session id=1000 from=127.0.0.1:1 error=\"x\"\n")
+        .expect("file written");
+    for args in [&["-vv"][..], &["-q"]] {
+        let addr = closed_port();
+        let mut command = s5();
+        command.args(["serve", "--listen", &addr.to_string(), "--access-log", &file]).args(args);
+        let mut program = RunningProgram::start(&mut command);
+        wait_until("the server listens", TIMEOUT, || TcpStream::connect(addr).is_ok());
+        let before = sessions();
+        let mut stream = greet_at(addr);
+        stream.write_all(&request(CONNECT, addr)).expect("request sent");
+        assert_eq!(read_reply(&mut stream).0, 2);
+        drop(stream);
+        wait_until("the line is written", TIMEOUT, || sessions() > before);
+        let stderr = program.kill().2;
+        assert!(!stderr.contains("msg=session"), "{stderr}");
+        assert_eq!(stderr.contains("msg=start"), args == ["-vv"], "{stderr}");
+    }
+}
+
+#[test]
+fn rotation_under_load_loses_and_tears_no_line() {
+    let (dir, file) = log_file();
+    let server = Server::start(&["--access-log", &file, "--threads", "2"]);
+    let (count, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    run_session(&server);
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for n in 0..20 {
+            let enough = count.load(Ordering::Relaxed) + 20;
+            wait_until("sessions run", TIMEOUT, || count.load(Ordering::Relaxed) > enough);
+            fs::rename(&file, format!("{file}.{n}")).expect("renamed");
+            server.reload();
+            wait_until("there is a new file", TIMEOUT, || fs::exists(&file).expect("checked"));
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    let expected: Vec<usize> = (1..=count.into_inner()).collect();
+    wait_until("all lines are written", TIMEOUT, || ids(dir.path()).len() == expected.len());
+    assert_eq!(ids(dir.path()), expected);
+    assert!(session_lines(&server.log()).is_empty(), "{}", server.log());
+    let metadata = fs::metadata(&file).expect("a file");
+    assert_eq!(metadata.mode() & 0o777 & !0o640, 0, "{:o}", metadata.mode());
+}
+
+#[test]
+fn full_disk_costs_lines_that_are_counted_and_no_session() {
+    enter_namespace!("127.0.0.1 localhost\n", "");
+    let (dir, file) = log_file();
+    let mut mount = Command::new("mount");
+    let status = mount.args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(dir.path()).status();
+    assert!(status.expect("mount runs").success());
+    let server = Server::start(&["--access-log", &file]);
+    // All but one page, so that a part of a line fits.
+    let filler = dir.path().join("filler");
+    let mut size = 0;
+    while fs::write(&filler, "\n".repeat(size + 4096)).is_ok() {
+        size += 4096;
+    }
+    fs::write(&filler, "\n".repeat(size - 4096)).expect("there was room for that");
+    (0..60).for_each(|_| run_session(&server));
+    server.wait_log(|log| log.contains("no space left on device"));
+    fs::remove_file(&filler).expect("file removed");
+    run_session(&server);
+    let log = server.wait_log(|log| log.contains(" level=warn msg=lost lines="));
+    assert!(log.contains(&format!(" file=\"{file}\" error=\"no space left on device\"\n")), "{log}");
+    wait_until("all lines are written or lost", TIMEOUT, || ids(dir.path()).len() + lost(&server.log()) == 61);
+}
+
+/// Returns the number of lost lines.
+fn lost(log: &str) -> usize {
+    let numbers =
+        log.lines().filter_map(|line| line.split_once(" msg=lost lines=")?.1.split(' ').next()?.parse::<usize>().ok());
+    numbers.sum()
+}
+
+#[test]
+fn device_without_space_costs_lines_that_are_counted_at_the_exit() {
+    let mut server = Server::start(&["--access-log", "/dev/full"]);
+    (0..3).for_each(|_| run_session(&server));
+    server.wait_log(|log| log.contains("--access-log /dev/full: no space left on device; lines are lost"));
+    server.signal("TERM");
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+    server.wait_log(|log| lost(log) == 3);
+}
+
+#[test]
+fn pipe_that_is_not_read_stops_neither_sessions_nor_signals() {
+    let (dir, _) = log_file();
+    let pipe = dir.path().join("pipe").display().to_string();
+    assert!(Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs").success());
+    let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--access-log", &pipe]), b"", TIMEOUT);
+    assert_fails_with(&output, 23, &["--access-log", "no such device or address (its directory must exist, and"]);
+    let _reader = fs::File::options().read(true).write(true).open(&pipe).expect("pipe opened");
+    let mut server = Server::start(&["--access-log", &pipe, "--drain-timeout", "60"]);
+    (0..600).for_each(|_| run_session(&server));
+    server.reload();
+    run_session(&server);
+    server.signal("TERM");
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+}
+
+#[test]
+fn user_of_run_as_owns_the_file_and_an_error_keeps_the_open_one() {
+    if !rustix::process::geteuid().is_root() || std::env::var_os("S5_TEST_NAMESPACE").is_some() {
+        return record_skip("only root can switch to another user");
+    }
+    let (dir, file) = log_file();
+    let set_owner = |uid| chown(dir.path(), Some(uid), None).expect("owner set");
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("permissions set");
+    let args = ["serve", "--listen", "127.0.0.1:0", "--run-as", "nobody", "--access-log", &file];
+    let output = run(s5().args(args), b"", TIMEOUT);
+    assert_fails_with(&output, 23, &["--access-log", "permission denied (its directory must exist, and the user"]);
+    set_owner(65534);
+    let server = Server::start(&args[3..]);
+    let rotate = |to: &str| {
+        fs::rename(&file, format!("{file}.{to}")).expect("renamed");
+        server.reload();
+    };
+    rotate("1");
+    wait_until("there is a new file", TIMEOUT, || fs::exists(&file).expect("checked"));
+    assert_eq!(fs::metadata(&file).expect("a file").uid(), 65534);
+    set_owner(0);
+    rotate("2");
+    server.wait_log(|log| log.contains(&format!("--access-log {file}: permission denied; keeping the open file")));
+    run_session(&server);
+    wait_until("the line is in the old file", TIMEOUT, || ids(dir.path()) == [1]);
+    assert!(!fs::exists(&file).expect("checked"));
+    // A link of another user, in a directory where all users can create links.
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).expect("permissions set");
+    symlink("/nonexistent", &file).and_then(|()| lchown(&file, Some(1), None)).expect("link created");
+    let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--access-log", &file]), b"", TIMEOUT);
+    assert_fails_with(&output, 23, &[&format!("{file} is a symbolic link of another user")]);
+}
