@@ -12,8 +12,8 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-fuzz_target!(|input: (u8, &[u8])| {
-    let (kind, bytes) = input;
+fuzz_target!(|bytes: &[u8]| {
+    let Some((kind, bytes)) = bytes.split_first() else { return };
     // Most random bytes begin no header.
     let start: &[u8] = match kind % 4 {
         0 => b"PROXY TCP4 ",
