@@ -109,6 +109,8 @@ impl Client {
         match error.kind {
             ClientErrorKind::Rep(rep) => rep == Rep::GENERAL_FAILURE,
             ClientErrorKind::NoPeer(_) => false,
+            // The login is that of the client of a server.
+            ClientErrorKind::LoginRefused => !self.hops.iter().any(|hop| hop.forwards_login),
             ClientErrorKind::TimedOut(_) => !self.has_opened(),
             _ => true,
         }

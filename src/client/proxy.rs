@@ -117,15 +117,8 @@ fn decode_zone(address: &str) -> Cow<'_, str> {
     }
 }
 
-/// Parses a comma-separated list of proxies for a client, as [`parse_chain`].
-pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
-    let hops = parse_chain(text)?;
-    let is_for_servers = hops.iter().any(|hop| hop.forwards_login);
-    if is_for_servers { Err(format!("{CLIENT_LOGIN} is only for s5 serve")) } else { Ok(hops) }
-}
-
 /// Parses a comma-separated list of proxies, nearest first. Error messages do not contain credentials.
-pub fn parse_chain(text: &str) -> Result<Vec<Proxy>, String> {
+pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     let parse = |hop: &str| hop.trim().parse();
     let hops = text.split(',').map(parse).collect::<Result<Vec<Proxy>, String>>().map_err(|error| {
         // Quoted text may be a password, or a part of one.

@@ -29,7 +29,9 @@ impl Session {
     /// Returns the access to the hop of a route, if it has one. Fails if the hop requires the client's password, and the
     /// client has not logged in with one.
     pub(super) fn hop_access(&self, route: Route) -> SessionResult<Option<HopAccess>> {
-        let Some(hop) = route.hop.and_then(|index| self.server().options.hops.get(index)) else { return Ok(None) };
+        let Some(index) = route.hop else { return Ok(None) };
+        let hop = self.server().options.hops.get(index);
+        let hop = hop.ok_or_else(|| SessionError::general_failure("this hop is not configured"))?;
         if hop.forwards_login && self.login.is_none() {
             let reason = format!("hop {}: ?user=client requires a login with user name and password", hop.name);
             return Err(SessionError::not_allowed(reason));

@@ -105,41 +105,44 @@ pub struct Hop {
     pub name: String,
     /// Set if a proxy gets user name and password of the client.
     pub forwards_login: bool,
-    /// At least one. A reload changes only users and passwords.
-    chains: Mutex<Chains>,
-    /// For each chain, the time until which others are tried first.
-    failed_until: Mutex<Vec<Option<Instant>>>,
+    /// At least one, each with the time until which others are tried first. A reload changes only users and passwords.
+    chains: Mutex<Vec<(Vec<Proxy>, Option<Instant>)>>,
 }
 
 impl Hop {
     /// `chains` has at least one chain, and each has at least one proxy.
     pub fn new(name: String, chains: Chains) -> Self {
         let forwards_login = chains.iter().flatten().any(|proxy| proxy.forwards_login);
-        let failed_until = vec![None; chains.len()].into();
-        Self { name, forwards_login, chains: chains.into(), failed_until }
+        let hop = Self { name, forwards_login, chains: Mutex::default() };
+        hop.set_chains(chains);
+        hop
+    }
+
+    /// Replaces the chains of later sessions.
+    pub(super) fn set_chains(&self, chains: Chains) {
+        *self.lock() = chains.into_iter().map(|chain| (chain, None)).collect();
     }
 
     /// Returns the chains in the order of preference.
     pub fn chains(&self) -> Chains {
-        lock(&self.chains).clone()
+        self.lock().iter().map(|(chain, _)| chain.clone()).collect()
     }
 
     /// Returns the chains with their indexes, those that have failed lately at the end.
     pub(super) fn in_order(&self, now: Instant) -> Vec<(usize, Vec<Proxy>)> {
-        let mut failed = lock(&self.failed_until);
-        let is_failed = |failed: &[Option<Instant>], index| failed.get(index).is_some_and(|until| *until > Some(now));
-        let mut chains: Vec<_> = self.chains().into_iter().enumerate().collect();
-        chains.sort_by_key(|(index, _)| is_failed(&failed, *index));
+        let mut chains = self.lock();
+        let mut order: Vec<_> = chains.iter().cloned().enumerate().collect();
+        order.sort_by_key(|(_, (_, failed_until))| *failed_until > Some(now));
         // After the pause, one session tries it again before the others do.
-        if let Some(until @ Some(_)) = chains.first().and_then(|(index, _)| failed.get_mut(*index)) {
+        if let Some((_, until @ Some(_))) = order.first().and_then(|(index, _)| chains.get_mut(*index)) {
             *until = Some(now + FAILED_CHAIN_PAUSE);
         }
-        chains
+        order.into_iter().map(|(index, (chain, _))| (index, chain)).collect()
     }
 
     /// Records whether a chain works.
     pub(super) fn set_failed(&self, index: usize, is_failed: bool) {
-        if let Some(until) = lock(&self.failed_until).get_mut(index) {
+        if let Some((_, until)) = self.lock().get_mut(index) {
             *until = is_failed.then(|| Instant::now() + FAILED_CHAIN_PAUSE);
         }
     }
@@ -147,18 +150,12 @@ impl Hop {
     /// Returns the name in the log of a session that has used this chain.
     pub(super) fn log_name(&self, chain: &[Proxy]) -> String {
         let proxies = chain.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-        if lock(&self.chains).len() > 1 { format!("{}={proxies}", self.name) } else { self.name.clone() }
+        if self.lock().len() > 1 { format!("{}={proxies}", self.name) } else { self.name.clone() }
     }
 
-    /// Replaces the chains of later sessions.
-    pub(super) fn set_chains(&self, chains: Chains) {
-        *lock(&self.chains) = chains;
-        lock(&self.failed_until).fill(None);
+    fn lock(&self) -> MutexGuard<'_, Vec<(Vec<Proxy>, Option<Instant>)>> {
+        self.chains.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Senders whose datagrams a UDP association relays to its client (RFC 4787 section 5).

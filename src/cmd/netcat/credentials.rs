@@ -24,6 +24,8 @@ const MAX_FILE_SIZE: u64 = 1 << 20;
 ///
 /// A hop whose URL has a user name gets the password of that user. Other hops get the first user name and password.
 pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> CliResult {
+    let forwards_login = hops.iter().any(|hop| hop.forwards_login);
+    CliError::usage_if(forwards_login, "?user=client in the URL of a proxy is only for s5 serve")?;
     let option = args.proxy_user.as_deref();
     let has_no_name = option.is_some_and(|user| user.is_empty() || user.starts_with(':'));
     CliError::usage_if(has_no_name, "--proxy-user: the user name is empty")?;

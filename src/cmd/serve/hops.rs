@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::path::Path;
 
-use crate::client::{Proxy, parse_chain};
+use crate::client::{Proxy, parse_hops};
 use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::cmd::netcat::credentials::{assign_logins, is_stream, read_environment, read_login_file};
 use crate::proto::Credentials;
@@ -48,7 +48,7 @@ impl HopSources {
     }
 
     fn add(&mut self, name: &str, url: &str) -> CliResult {
-        let chains = url.split('|').map(parse_chain).collect::<Result<_, _>>();
+        let chains = url.split('|').map(parse_hops).collect::<Result<_, _>>();
         self.hops.push((name.into(), chains.map_err(|error| CliError::usage(format!("{}: {error}", option(name))))?));
         Ok(())
     }

@@ -78,7 +78,7 @@ impl Upstream {
         let deadline = Instant::now() + session.server().options.connect_timeout;
         let access = session.hop_access(route);
         Box::pin(async move {
-            let access = access?.ok_or_else(|| SessionError::general_failure("the hop is not configured"))?;
+            let access = access?.ok_or_else(|| SessionError::general_failure("not a hop"))?;
             access.open(&Addr::UNSPECIFIED, deadline, async |proxy: &Client| proxy.associate().await).await
         })
     }

@@ -132,7 +132,7 @@ fn login_of_the_client_is_forwarded_and_required() {
         .map(|(name, text)| write_file(dir.path(), name, text));
     let (upstream, of_bob) = (Server::start(&["--users", &both]), Server::start(&["--users", &only_bob]));
     let via = format!("h=socks5h://{}?user=client", upstream.addr());
-    let chain = format!("b={}/?user=client,{}?user=client", of_bob.addr(), upstream.addr());
+    let chain = format!("b={}/?user=client,{}?user=client|{}", of_bob.addr(), upstream.addr(), closed_port());
     let rules = "allow to=127.0.0.2 via=b\nallow via=h\n";
     let args = ["--hop", &via, "--hop", &chain, "--auth", "password,none", "-v", "-v"];
     let setup = Setup::start(alice_and_bob(), rules, &args);
@@ -147,7 +147,9 @@ fn login_of_the_client_is_forwarded_and_required() {
         upstream.wait_log(|log| session_lines(log).iter().filter(|line| line.contains(&field)).count() == 3);
     }
     let far = echo_server_at(ip("127.0.0.2")).to_string();
+    // A refused login is a failure of the client, and not of the first proxy.
     assert_eq!([ALICE, BOB].map(|login| open_as(&setup.server, login, CONNECT, &far).1), [1, 0]);
+    setup.server.wait_log(|log| log.contains(&format!(" via=\"b={},{}\" ", of_bob.addr(), upstream.addr())));
     // A client without a password is refused, and not forwarded.
     assert_eq!([CONNECT, BIND].map(|command| rep(&setup.server, command, &echo)), [2, 2]);
     let association = associate_anonymously(&setup.server);
@@ -178,5 +180,5 @@ fn urls_of_hops_that_cannot_work_are_errors_at_the_start() {
     let output = run(s5().args(["serve", "--listen", &port.to_string(), "--via", &via]), b"", TIMEOUT);
     assert_fails_with(&output, 2, &["hop --via: proxy ", "is this server itself (choose another)"]);
     let output = run(s5().args(["connect", "-x", "192.0.2.1?user=client", "-z"]), b"", TIMEOUT);
-    assert_fails_with(&output, 2, &["--proxy: ", "?user=client is only for s5 serve"]);
+    assert_fails_with(&output, 2, &["?user=client in the URL of a proxy is only for s5 serve"]);
 }
