@@ -27,9 +27,7 @@ fn modules(dir: &str) -> BTreeMap<String, String> {
             modules.append(&mut self::modules(&path));
         } else if let Some(module) = path.strip_prefix("src/").and_then(|path| path.strip_suffix(".rs")) {
             let text = read(&path);
-            let unit_tests = ["\n#[cfg(test)]\nmod tests {", "\n#[cfg(test)]\n#[path = \"../"];
-            let end = unit_tests.iter().find_map(|start| text.find(start)).unwrap_or(text.len());
-            modules.insert(module.into(), text[..end].into());
+            modules.insert(module.into(), text.split("\n#[cfg(test)]\nmod tests {").take(1).collect());
         }
     }
     modules
