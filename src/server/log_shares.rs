@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::future::poll_fn;
-use std::mem::take;
+use std::mem::replace;
 use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -53,12 +53,13 @@ impl Topic {
         }
     }
 
-    /// Maximum number of lines in [`INTERVAL`], of each client or of all.
-    fn limit(self) -> u32 {
+    /// Maximum number of lines in [`INTERVAL`], of each client and of all: a flood from many addresses must not fill the
+    /// disk either.
+    fn limits(self) -> (u32, u32) {
         match self {
-            Self::Session | Self::Login => 20,
-            Self::Step => 200,
-            Self::Refused | Self::Warning => 1,
+            Self::Session | Self::Login => (20, 2000),
+            Self::Step => (200, 20_000),
+            Self::Refused | Self::Warning => (1, 1),
         }
     }
 }
@@ -67,6 +68,8 @@ type Key = (Topic, Option<ClientKey>);
 
 /// The lines of the current interval.
 struct Shares {
+    /// The number of lines of each topic that were logged.
+    logged: [u32; Topic::Warning as usize + 1],
     since: Instant,
     /// The numbers of lines that were logged, and of those that were left out.
     lines: HashMap<Key, (u32, u32)>,
@@ -75,16 +78,36 @@ struct Shares {
 }
 
 impl Shares {
+    fn new(since: Instant) -> Self {
+        Self { since, logged: Default::default(), lines: HashMap::new(), has_task: false }
+    }
+
     /// Begins an interval. Returns the lines of the one before.
     fn restart(&mut self, now: Instant) -> HashMap<Key, (u32, u32)> {
-        (self.since, self.has_task) = (now, false);
-        take(&mut self.lines)
+        replace(self, Self::new(now)).lines
+    }
+
+    /// Counts a line. Returns whether it may be logged.
+    fn admit(&mut self, topic: Topic, client: Option<ClientKey>) -> bool {
+        let (limit, limit_of_all) = topic.limits();
+        let all = self.logged.get_mut(topic as usize).filter(|all| **all < limit_of_all);
+        // At the limit of all, one line reports what all of them have left out.
+        let is_known = self.lines.len() < MAX_CLIENTS || self.lines.contains_key(&(topic, client));
+        let client = client.filter(|_| all.is_some() && is_known);
+        let (logged, left_out) = self.lines.entry((topic, client)).or_default();
+        match all.filter(|_| *logged < limit) {
+            Some(all) => (*all, *logged) = (*all + 1, *logged + 1),
+            None => {
+                *left_out += 1;
+                return false;
+            }
+        }
+        true
     }
 }
 
 fn shares() -> MutexGuard<'static, Shares> {
-    static SHARES: LazyLock<Mutex<Shares>> =
-        LazyLock::new(|| Mutex::new(Shares { since: Instant::now(), lines: HashMap::new(), has_task: false }));
+    static SHARES: LazyLock<Mutex<Shares>> = LazyLock::new(|| Mutex::new(Shares::new(Instant::now())));
     lock(&SHARES)
 }
 
@@ -98,10 +121,7 @@ pub(super) fn admit(topic: Topic, client: Option<ClientKey>) -> bool {
     // The task may be late, or its worker may have ended.
     let is_over = now >= shares.since + INTERVAL * if shares.has_task { 2 } else { 1 };
     let ended = if is_over { shares.restart(now) } else { HashMap::new() };
-    let has_room = shares.lines.len() < MAX_CLIENTS || shares.lines.contains_key(&(topic, client));
-    let (logged, left_out) = shares.lines.entry((topic, client.filter(|_| has_room))).or_default();
-    let is_within = *logged < topic.limit();
-    *if is_within { logged } else { left_out } += 1;
+    let is_within = shares.admit(topic, client);
     // When the workers end, `report` follows.
     if !is_within && !shares.has_task && !worker::is_ending() {
         shares.has_task = true;
@@ -125,7 +145,7 @@ pub(super) fn report() {
 fn log_left_out(lines: HashMap<Key, (u32, u32)>) {
     for ((topic, client), (_, left_out)) in lines.into_iter().filter(|(_, (_, left_out))| *left_out > 0) {
         let from = client.map_or(String::new(), |client| format!(" from={client}"));
-        let name = format!("{topic:?}").to_lowercase();
+        let name = format!("{topic:?}").to_ascii_lowercase();
         log::log!(target: topic.target(), topic.level(), "msg=omitted topic={name}{from} lines={left_out}");
     }
 }
@@ -171,3 +191,7 @@ pub(super) fn in_session(
         poll
     })
 }
+
+#[cfg(test)]
+#[path = "../../tests/unit/server_log_shares.rs"]
+mod tests;
