@@ -99,18 +99,18 @@ impl Acceptor {
         Ok(Self { credential, levels })
     }
 
-    /// Establishes a context with the client on `conn` after the server has selected GSSAPI. Waits for `thread` before
+    /// Establishes a context with the client on `conn` after the server has selected GSSAPI. Calls `thread` before
     /// it accepts a token, which takes CPU time. The caller sets the deadline, and sends [`Frame::Abort`] on errors.
     pub(crate) async fn accept<T: Send + 'static>(
         &self,
         conn: &mut Conn,
-        thread: impl Future<Output = T>,
+        thread: impl AsyncFnOnce(&Conn) -> Result<T, String>,
     ) -> GssapiResult<AuthenticatedClient> {
         let token = match conn.read_message().await? {
             Frame::Authentication(token) if !token.is_empty() => token,
             other => return Err(failed(format!("expected an authentication token, received {other:?}"))),
         };
-        let (credential, thread) = (self.credential.clone(), thread.await);
+        let (credential, thread) = (self.credential.clone(), thread(conn).await.map_err(GssapiError::Refused)?);
         let accepted = unblock(move || {
             let _thread = thread;
             credential.accept(&token)

@@ -204,7 +204,11 @@ impl Session {
     async fn accept_gssapi(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
         let acceptor = self.server().options.gssapi_acceptor.as_ref().ok_or_else(not_configured)?;
         let abort = |error| SessionError::with_message(&Frame::Abort, error);
-        let thread = self.server().logins.threads.acquire(self.log.client_key());
+        // Cancelled if the client leaves while it waits.
+        let thread = async |conn: &Conn| {
+            let thread = self.server().logins.threads.acquire(self.log.client_key());
+            self.cancellable(conn, async { Ok(thread.await) }).await.map_err(|error| error.reason)
+        };
         let accepted = timeout_at(deadline, acceptor.accept(conn, thread)).await;
         let accepted = match accepted.ok_or_else(|| abort(self.timed_out().reason))? {
             Ok(accepted) => accepted,

@@ -291,3 +291,32 @@ fn half_a_token_takes_as_much_memory_as_has_arrived() {
     let per_client = private().saturating_sub(before) / CLIENTS;
     assert!(per_client < 42, "{per_client} KiB");
 }
+
+/// Takes longer to compare with a password than the two seconds after which a client that has half-closed is gone.
+const SLOW_USER: &str = "alice:$2a$15$N9qo8uLOickgx2ZMRZoMyeIjZAgcfl7p92ldGxad68LJZdL17lhWy\n";
+
+#[test]
+fn login_that_waits_for_a_thread_is_cancelled_when_its_client_leaves() {
+    let Some((realm, _)) = set_up() else { return };
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", SLOW_USER);
+    let server = serve(&realm, &["--users", &users]);
+    // Passwords have all threads of this client.
+    let passwords = [(); 2].map(|()| {
+        let mut stream = server.connect();
+        select_password(&mut stream);
+        stream.write_all(&login_message(b"alice", b"wrong")).expect("sent");
+        stream
+    });
+    let hashes = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
+        let names = tasks.flatten().filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.filter(|name| name == "s5-hash\n").count()
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    wait_until("the passwords are hashed", TIMEOUT, || hashes() == cores.min(2));
+    drop(start_login(&server, &message(AUTHENTICATION, b"not a token")));
+    // With a thread, the token would be refused.
+    server.wait_log(|log| log.contains("GSSAPI: client disconnected before the reply"));
+    drop(passwords);
+}
