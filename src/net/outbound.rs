@@ -32,12 +32,11 @@ impl OutboundOptions {
 pub fn set_outbound_options(socket: &impl AsFd) -> io::Result<()> {
     let Some(OutboundOptions { interface, mark, .. }) = OPTIONS.get() else { return Ok(()) };
     let socket = SockRef::from(socket);
-    let named = |option: String, error: io::Error| io::Error::new(error.kind(), format!("{option}: {error}"));
     if let Some(name) = interface {
-        let bound = socket.bind_device(Some(name.as_bytes()));
-        bound.map_err(|error| named(format!("--outbound-interface {name}"), error))?;
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("--outbound-interface {name}: {error}"));
+        socket.bind_device(Some(name.as_bytes())).map_err(named)?;
     }
-    mark.map_or(Ok(()), |mark| socket.set_mark(mark).map_err(|error| named(format!("--mark {mark}"), error)))
+    mark.map_or(Ok(()), |mark| socket.set_mark(mark))
 }
 
 /// Binds a socket for datagrams to a target or a proxy.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -11,6 +11,7 @@ use super::inherited::InheritedSocket;
 use super::listen::ListenAddr;
 use super::log_queue::AccessLog;
 use super::run_as::RunAs;
+use super::shares::lock;
 use crate::client::{ClientOptions, Proxy};
 use crate::gssapi::Acceptor;
 use crate::net::{LocalAddr, OutboundOptions};
@@ -120,17 +121,17 @@ impl Hop {
 
     /// Replaces the chains of later sessions.
     pub(super) fn set_chains(&self, chains: Chains) {
-        *self.lock() = chains.into_iter().map(|chain| (chain, None)).collect();
+        *lock(&self.chains) = chains.into_iter().map(|chain| (chain, None)).collect();
     }
 
     /// Returns the chains in the order of preference.
     pub fn chains(&self) -> Chains {
-        self.lock().iter().map(|(chain, _)| chain.clone()).collect()
+        lock(&self.chains).iter().map(|(chain, _)| chain.clone()).collect()
     }
 
     /// Returns the chains with their indexes, those that have failed lately at the end.
     pub(super) fn in_order(&self, now: Instant) -> Vec<(usize, Vec<Proxy>)> {
-        let mut chains = self.lock();
+        let mut chains = lock(&self.chains);
         let mut order: Vec<_> = chains.iter().cloned().enumerate().collect();
         order.sort_by_key(|(_, (_, failed_until))| *failed_until > Some(now));
         // After the pause, one session tries it again before the others do.
@@ -142,7 +143,7 @@ impl Hop {
 
     /// Records whether a chain works.
     pub(super) fn set_failed(&self, index: usize, is_failed: bool) {
-        if let Some((_, until)) = self.lock().get_mut(index) {
+        if let Some((_, until)) = lock(&self.chains).get_mut(index) {
             *until = is_failed.then(|| Instant::now() + FAILED_CHAIN_PAUSE);
         }
     }
@@ -150,11 +151,7 @@ impl Hop {
     /// Returns the name in the log of a session that has used this chain.
     pub(super) fn log_name(&self, chain: &[Proxy]) -> String {
         let proxies = chain.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-        if self.lock().len() > 1 { format!("{}={proxies}", self.name) } else { self.name.clone() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<(Vec<Proxy>, Option<Instant>)>> {
-        self.chains.lock().unwrap_or_else(PoisonError::into_inner)
+        if lock(&self.chains).len() > 1 { format!("{}={proxies}", self.name) } else { self.name.clone() }
     }
 }
 
