@@ -46,7 +46,7 @@ PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd
            krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user valgrind:valgrind \
            connect-proxy:connect-proxy dig:bind9-dnsutils unbound:unbound rsync:rsync man:man-db groff:groff-base mandoc:mandoc \
            bash:bash zsh:zsh fish:fish nft:nftables systemd-socket-activate:systemd systemd-analyze:systemd \
-           haproxy:haproxy
+           haproxy:haproxy promtool:prometheus
 test-programs:     ## install the programs that the tests need (Debian, as root or with sudo)
 	@echo 'one test downloads the Python package pycurl into a temporary directory'
 	@missing=; $(call FIND_MISSING,$(PROGRAMS)); \

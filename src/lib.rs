@@ -6,7 +6,8 @@
 //! | [`reassembly`] | reassembly of UDP fragments; pure | `proto` |
 //! | [`name_addrs`] | the addresses of a name that datagrams are sent to; pure | nothing |
 //! | [`policy`] | access control: methods, users, rules; pure | `proto` |
-//! | [`net`] | sockets and timers: event loop, name resolution, connecting, relaying, batches of datagrams | `name_addrs` |
+//! | [`counters`] | counts of events by thread, for metrics | nothing |
+//! | [`net`] | sockets and timers: event loop, name resolution, connecting, relaying, batches of datagrams | `counters`, `name_addrs` |
 //! | [`conn`] | a SOCKS connection that reads and writes whole messages | `net`, `proto` |
 //! | [`gssapi`] | RFC 1961: security contexts, both sides | `conn`, `net`, `proto` |
 //! | [`client`] | the client handshake, through any number of proxies | `gssapi`, `conn`, `net`, `reassembly`, `name_addrs`, `proto` |
@@ -26,6 +27,7 @@ compile_error!("s5 runs on Linux only: it relies on epoll and splice");
 pub mod client;
 pub mod cmd;
 pub mod conn;
+pub(crate) mod counters;
 pub mod gssapi;
 pub mod name_addrs;
 pub mod net;

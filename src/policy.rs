@@ -44,6 +44,8 @@ pub struct Policy {
     pub rules: Rules,
     /// Addresses that this server listens on.
     pub listen_addrs: Vec<SocketAddr>,
+    /// Addresses of the metrics of this server, which clients cannot reach through it either.
+    pub metrics_addrs: Vec<SocketAddr>,
     /// Addresses of a NAT gateway that forwards the ports of `listen_addrs` to this server.
     pub advertised_ips: Vec<IpAddr>,
 }
@@ -51,7 +53,8 @@ pub struct Policy {
 impl Policy {
     /// Returns this policy with the listen addresses of `old`, which a reload does not change.
     pub fn with_listeners_of(self, old: &Self) -> Self {
-        Self { listen_addrs: old.listen_addrs.clone(), advertised_ips: old.advertised_ips.clone(), ..self }
+        let (listen_addrs, metrics_addrs) = (old.listen_addrs.clone(), old.metrics_addrs.clone());
+        Self { listen_addrs, metrics_addrs, advertised_ips: old.advertised_ips.clone(), ..self }
     }
 
     /// Selects the method for a client (RFC 1928 section 3). `None`: no offered method is accepted.
@@ -96,7 +99,8 @@ impl Policy {
 
     /// Returns whether a connection to `addr` would reach a listener of this server.
     pub fn is_own_listener(&self, addr: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
-        self.listen_addrs.iter().filter(|listener| listener.port() == addr.port()).any(|listener| {
+        let all = self.listen_addrs.iter().chain(&self.metrics_addrs);
+        all.filter(|listener| listener.port() == addr.port()).any(|listener| {
             let is_reached = listener.is_ipv4() == addr.is_ipv4()
                 && (listener.ip() == addr.ip() || listener.ip().is_unspecified() && is_local(addr));
             is_reached || self.advertised_ips.contains(&addr.ip())

@@ -20,8 +20,9 @@ const END_FLAG: u8 = 0x80;
 #[derive(Debug, Default)]
 pub struct Reassembler {
     sequence: Option<Sequence>,
-    /// Number of datagrams that were not completed.
+    /// Number of datagrams that were not completed, and of those that `take_lost` has returned.
     lost_count: u64,
+    taken_count: u64,
     /// Set if further fragments belong to a datagram that is already counted as lost.
     has_counted_loss: bool,
 }
@@ -86,6 +87,13 @@ impl Reassembler {
     /// Returns how many fragmented datagrams were lost, including one in the queue that has expired at `now`.
     pub fn lost_count(&self, now: Instant) -> u64 {
         self.lost_count + u64::from(self.deadline().is_some_and(|deadline| now >= deadline))
+    }
+
+    /// Returns the number of losses since the last call.
+    pub fn take_lost(&mut self) -> u64 {
+        let new = self.lost_count - self.taken_count;
+        self.taken_count = self.lost_count;
+        new
     }
 
     /// Returns the time at which [`Reassembler::expire`] empties the queue; `None` if the queue is empty.

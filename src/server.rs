@@ -6,11 +6,11 @@ mod accept;
 mod association;
 mod bind;
 mod connect;
-mod counters;
 mod dial_shares;
 mod dispatch;
 mod free_memory;
 mod handshakes;
+mod health;
 mod hop_access;
 mod inherited;
 mod limiter;
@@ -20,6 +20,7 @@ mod log_queue;
 mod log_shares;
 mod login_throttle;
 mod logins;
+mod metrics;
 mod notify;
 mod options;
 mod passwords;
@@ -29,6 +30,7 @@ mod reply;
 mod run_as;
 mod sandbox;
 mod session;
+mod session_counts;
 mod session_log;
 mod shared_ports;
 mod shares;
@@ -57,8 +59,8 @@ use smol::channel::Receiver;
 
 use crate::net::RelayOptions;
 use crate::policy::Policy;
-use counters::COUNTERS;
 use dial_shares::DialShares;
+use health::StartedServer;
 pub use inherited::InheritedSocket;
 use limiter::Limiter;
 pub use listen::ListenAddr;
@@ -72,8 +74,9 @@ pub use options::{Chains, Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
 pub use run_as::RunAs;
 pub use sandbox::close_inherited_descriptors;
+use session_counts::CounterFields;
 pub use startup::{ServerError, check};
-use startup::{check_open_relay, check_outbound, ipv6_only, open_listeners, prepare};
+use startup::{bind_all, check_open_relay, check_outbound, ipv6_only, open_listeners, prepare};
 use state::Server;
 use terminal::Terminal;
 use worker::{Worker, WorkerPool, WorkerReport};
@@ -106,6 +109,8 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let notifier = Notifier::connect();
     let listeners = open_listeners(&mut options)?;
+    let metrics = bind_all(&options.metrics, "--metrics")?;
+    policy.metrics_addrs = metrics.iter().flat_map(Listener::addrs).collect();
     let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(Listener::addrs).collect())?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let is_restricted = options.sandbox;
@@ -116,6 +121,8 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     });
     // From now on, a reader of stderr that stops reading stops neither sessions nor signals.
     log_queue::start(access_log.transpose()?).map_err(ServerError::io("start a thread for the log"))?;
+    let started = StartedServer::default();
+    health::start(&metrics, started.clone()).map_err(ServerError::io("start a thread for metrics"))?;
     for addr in ipv6_only(&policy.listen_addrs) {
         log::info!("{addr} accepts only IPv6 (for IPv4 too, use --listen *:{})", addr.port());
     }
@@ -128,6 +135,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         stop_when_bulk: options.threads > 1,
         ..RelayOptions::default()
     };
+    metrics::set_last_reload(true);
     let (policy, limiter) = (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(max_sessions, &options));
     let (pool, workers, reports) = WorkerPool::new(options.threads);
     let server = Arc::new(Server {
@@ -149,6 +157,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     notifier.ready();
     // From now on, only the accept loops and the sessions keep the server alive.
     let server = Arc::downgrade(&{ server });
+    let server = started.get_or_init(|| server);
     let reload = async || {
         notifier.reloading();
         log_queue::reopen_access_log();
@@ -159,7 +168,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
             sandbox::warn_unreadable_system_files();
         }
         spare.replace(spare_descriptors(descriptors));
-        reload(&server, loaded).await;
+        reload(server, loaded).await;
         notifier.ready();
     };
     let stop_accepting = || {
@@ -167,7 +176,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         server.upgrade().into_iter().for_each(|server| server.workers.stop_accepting());
     };
     let ended = run_until_shutdown(signals, &terminal, drain, reports, reload, stop_accepting);
-    let result = smol::block_on(ended.or(notifier.run(&server)));
+    let result = smol::block_on(ended.or(notifier.run(server)));
     if let Some(server) = server.upgrade() {
         server.workers.stop();
     }
@@ -189,6 +198,7 @@ async fn reload(server: &Weak<Server>, loaded: Result<Configuration, String>) {
         let error = check_open_relay(&policy, &server.options).or_else(|| check_outbound(&policy, &server.options));
         error.map_or(Ok((policy, hops)), Err)
     });
+    metrics::set_last_reload(loaded.is_ok());
     match loaded {
         Err(error) => log::error!("reload: {error}; keeping the current configuration"),
         Ok((policy, hops)) => {
@@ -311,7 +321,7 @@ async fn wait_end_signal(signals: &mut Signals, hang_up: impl AsyncFn() -> bool)
         match signal.map_err(ServerError::io("wait for a signal"))? {
             Signal::Usr1 => {
                 let level = if log::log_enabled!(Level::Info) { Level::Info } else { Level::Warn };
-                log::log!(target: LOGFMT_TARGET, level, "msg=counters {COUNTERS}");
+                log::log!(target: LOGFMT_TARGET, level, "msg=counters {CounterFields}");
             }
             Signal::Hup if !hang_up().await => {}
             _ => return Ok(()),

@@ -105,6 +105,14 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "CIDR", from_str_fn(parse_balancers))]
     proxy_protocol_from: Option<Vec<Option<IpNet>>>,
 
+    /// serve metrics and health checks over HTTP. ADDR is as in --listen. See METRICS.
+    #[argh(option, arg_name = "ADDR")]
+    metrics: Option<ListenAddr>,
+
+    /// serve metrics to other hosts. All hosts that reach the address can read them; use a firewall.
+    #[argh(switch)]
+    allow_remote_metrics: bool,
+
     /// number of worker threads [default: one per core]
     #[argh(option, arg_name = "N", from_str_fn(parse_nonzero))]
     threads: Option<u16>,
@@ -308,9 +316,8 @@ impl ServeArgs {
     }
 
     pub(super) fn run(mut self) -> CliResult {
-        let has_both = self.add_user.is_some() && self.remove_user.is_some();
-        CliError::usage_if(has_both, "--add-user and --remove-user cannot be combined")?;
         match (&self.users, &self.add_user, &self.remove_user) {
+            (_, Some(_), Some(_)) => return Err(CliError::usage("--add-user and --remove-user cannot be combined")),
             (Some(file), Some(name), _) => return report(self.quiet, users::add_user(file, name)?),
             (Some(file), _, Some(name)) => return report(self.quiet, users::remove_user(file, name)?),
             (None, Some(_), _) => return Err(CliError::usage("--add-user requires --users FILE")),
@@ -318,8 +325,8 @@ impl ServeArgs {
             (_, None, None) => {}
         }
         let user_entry = users::entry_in_environment(self.users.is_some())?;
-        let has_users = self.users.is_some() || user_entry.is_some();
         let has_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
+        let has_users = self.users.is_some() || user_entry.is_some();
         let methods = accepted_methods(self.auth.as_deref(), has_users, has_gssapi)?;
         let sources = self.policy_sources(methods, user_entry)?;
         let mut inherited = InheritedSocket::from_systemd().map_err(CliError::usage)?;
@@ -332,9 +339,8 @@ impl ServeArgs {
             server::close_inherited_descriptors();
         }
         let hops = sources.hops.names().into_iter().zip(proxies).map(|(name, proxies)| Hop::new(name, proxies).into());
-        let hops = hops.collect();
         let (request, show_rules, is_check, is_quiet) = (self.explain.take(), self.show_rules, self.check, self.quiet);
-        let mut options = self.options(&policy, hops, sources.files().map(Into::into).collect())?;
+        let mut options = self.options(&policy, hops.collect(), sources.files().map(Into::into).collect())?;
         options.inherited = inherited;
         if show_rules {
             return explain::show(&policy, &options);
@@ -360,8 +366,7 @@ impl ServeArgs {
         let takes_passwords = self.hop_auth.as_ref().is_none_or(|methods| methods.contains(&Method::PASSWORD));
         // Without a server, no password is needed.
         let needs_passwords = takes_passwords && self.explain.is_none() && !self.show_rules;
-        let login_file = self.proxy_auth_file.take();
-        let hops = HopSources::new(&self.hop, self.via.as_deref(), login_file, needs_passwords)?;
+        let hops = HopSources::new(&self.hop, self.via.as_deref(), self.proxy_auth_file.take(), needs_passwords)?;
         hops.check_forwarding(takes_passwords && methods.contains(&Method::PASSWORD))?;
         Ok(PolicySources {
             users: self.users.take(),
@@ -404,6 +409,8 @@ impl ServeArgs {
         Ok(Options {
             inherited: Vec::new(),
             listen: if self.listen.is_empty() { vec![default_listen] } else { self.listen },
+            metrics: self.metrics,
+            allow_remote_metrics: self.allow_remote_metrics,
             handshake_timeout: self.handshake_timeout,
             connect_timeout: self.connect_timeout,
             bind_timeout: self.bind_timeout,

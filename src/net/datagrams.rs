@@ -21,6 +21,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::reactor::{Interest, wake_later};
 use super::socket::Io;
+use crate::counters::{self, Counter};
 pub use batch::DATAGRAM_BUFFER_SIZE;
 pub(crate) use batch::{GsoBatch, RecvBatch};
 use batch::{MAX_MESSAGES, MAX_SEGMENTS};
@@ -148,7 +149,12 @@ impl BatchSocket {
     /// dropped. Returns the number of payload bytes sent.
     pub(crate) fn send_batch(&self, to: Option<SocketAddr>, batch: &mut GsoBatch<'_>) -> usize {
         let is_sent = batch.count > 1 && self.send_gso(to, batch);
-        let sent = batch.datagrams().filter(|datagram| is_sent || self.send_bytes(to, datagram).is_ok());
+        let is_sent = |datagram: &&[u8]| {
+            let is_sent = is_sent || self.send_bytes(to, datagram).is_ok();
+            counters::add(Counter::DropUnsent, u64::from(!is_sent));
+            is_sent
+        };
+        let sent = batch.datagrams().filter(is_sent);
         let sent = sent.map(|datagram| datagram.len() - batch.header_len()).sum();
         batch.clear();
         sent

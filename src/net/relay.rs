@@ -19,6 +19,7 @@ use super::rate_limit::RateLimit;
 use super::reactor::wake_later;
 use super::stream::Stream;
 use super::timer::IdleTimer;
+use crate::counters::{self, Counter};
 pub use direction::RELAY_BUFFER_SIZE;
 use direction::{Direction, DirectionError};
 
@@ -263,13 +264,16 @@ impl RelayState<'_> {
     fn poll(&mut self, cx: &mut Context<'_>, client: &mut dyn Stream, dst: &mut dyn Stream) -> Poll<RelayResult> {
         let before = self.progress();
         let pumped = self.pump(cx, client, dst);
+        let after = self.progress();
+        counters::add(Counter::BytesUp, after.0 - before.0);
+        counters::add(Counter::BytesDown, after.1 - before.1);
         if let Some(stats) = &self.options.stats {
             stats.update(&self.up, &self.down, self.counts.up.load(Ordering::Relaxed));
         }
         if pumped.is_ready() {
             return pumped;
         }
-        if self.progress() != before {
+        if after != before {
             self.last_progress = Instant::now();
         }
         self.poll_timeouts(cx, client, dst)

@@ -1,6 +1,7 @@
 //! Name resolution on other threads, and IP addresses in any notation.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Instant;
 
 use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
 use nix::libc;
@@ -9,6 +10,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use super::dial::{DialError, DialLimits, with_scope};
 use super::outbound::sort_by_preference;
 use super::threads::unblock;
+use crate::counters::{Histogram, Timer};
 
 const MAX_ADDRS_PER_NAME: usize = 32;
 
@@ -31,6 +33,7 @@ pub async fn lookup(name: &str, port: u16, limits: &dyn DialLimits) -> Result<Ve
     if !is_host_name(name) {
         return Err(DialError::NameNotFound);
     }
+    let _timer = Timer(Histogram::Lookup, Instant::now());
     let (name, guard) = (name.to_owned(), limits.start_lookup().await);
     let found = unblock(move || {
         let _guard = guard;

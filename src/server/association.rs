@@ -22,13 +22,16 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use super::counters::COUNTERS;
 use super::options::Filtering;
 use super::policy_handle::Denial;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::{with_addr, with_target};
 use super::state::Session;
 use crate::conn::Conn;
+use crate::counters::Counter::{
+    self, DropDenied, DropFragment, DropLookup, DropMalformed, DropRate, DropSender, DropUnsent,
+};
+use crate::counters::{self, OpenGuard};
 use crate::net::{GsoBatch, IdleTimer, RateLimit, RecvBatch, canonical, wake_later};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Datagram, Host, HostName};
@@ -53,7 +56,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
     session.reply_success(control, bnd.into(), || None).await?;
-    let _guard = COUNTERS.count_association();
+    let _guard = OpenGuard::new(Counter::OpenAssociations);
     let relay = AssociationRelay {
         name_cache: NameCache::new(session.dial_limits(), session.server().options.connect_timeout),
         rate_limit: session.permit.rate_limit(),
@@ -111,6 +114,7 @@ impl AssociationRelay<'_> {
             }
             loop {
                 self.reassembler.expire(now);
+                counters::add(DropFragment, self.reassembler.take_lost());
                 let idle = self.last_activity + self.session.server().options.idle_timeout;
                 if now >= idle {
                     return Poll::Ready(Some(crate::net::RelayError::IdleTimeout.to_string()));
@@ -214,7 +218,9 @@ impl AssociationRelay<'_> {
                 // Filtering by sender is left to the hop. The rules are evaluated here, unless the client has sent to a
                 // name, which only the hop has resolved.
                 let is_allowed = upstream.has_sent_to_names || self.route(&from).is_ok();
-                if is_allowed && self.client.has_port() && self.charge(data.len()) {
+                if !is_allowed || !self.client.has_port() {
+                    self.on_drop(DropDenied, None, format_args!("answer from {from}, which a rule denies"));
+                } else if self.charge(data.len()) {
                     self.send_answer(&from, &data);
                 }
             }
@@ -232,10 +238,10 @@ impl AssociationRelay<'_> {
         let batch = &mut GsoBatch::new(buffer);
         for (from, bytes) in received {
             let Some(bytes) = self.client.accept(from, bytes) else {
-                self.record_drop(None, format_args!("{from} is not the client, or the protection is invalid"));
+                self.on_drop(DropSender, None, format_args!("{from} is not the client, or the protection is invalid"));
                 continue;
             };
-            let decoded = Datagram::decode(&bytes).inspect_err(|error| self.record_drop(None, error));
+            let decoded = Datagram::decode(&bytes).inspect_err(|error| self.on_drop(DropMalformed, None, error));
             let Ok(datagram) = decoded else { continue };
             self.last_activity = now;
             self.client.record_valid(from, now);
@@ -261,7 +267,7 @@ impl AssociationRelay<'_> {
                     batch.begin(addr, |_| {});
                 }
                 (Ok(route), _) => return self.send(route, &addr.map_or(dst, Addr::from), data),
-                (Err(denial), _) => return self.record_drop(Some(&dst), denial),
+                (Err(denial), _) => return self.on_drop(DropDenied, Some(&dst), denial),
             }
         }
         if self.charge(data.len()) && !batch.push(data) {
@@ -275,8 +281,7 @@ impl AssociationRelay<'_> {
         self.session.policy.authorize(&with_target(self.session.log.client_request(), dst))
     }
 
-    /// Returns the route to an address, or `None` if it is denied. `name` is the name that the client has sent to, if
-    /// any.
+    /// Returns the route to an address, or `None` if it is denied. `name`: that the client has sent to, if any.
     fn route_to_addr(&self, addr: SocketAddr, name: Option<&HostName>) -> Option<Route> {
         let request = AccessRequest { target_name: name, ..with_addr(self.session.log.client_request(), addr) };
         self.session.policy.authorize(&request).ok()?
@@ -287,7 +292,8 @@ impl AssociationRelay<'_> {
         let sent = self.egress.send_batch(self.session, self.batch_route, batch);
         self.count_sent(sent);
         if let Some(peer) = peer.filter(|_| sent == 0) {
-            self.record_drop(Some(&peer.into()), "not sent: no route, no socket, or its buffer is full");
+            let reason = "not sent: no route, no socket, or its buffer is full";
+            self.drop_log.record(&self.session.log, Some(&peer.into()), reason);
         }
     }
 
@@ -311,7 +317,7 @@ impl AssociationRelay<'_> {
         let mut selected = self.name_cache.select(now, name, port);
         if selected.is_none() {
             if !self.name_cache.wait(now, name, port, data) {
-                self.record_drop(None, "too many datagrams wait for lookups");
+                self.on_drop(DropLookup, None, "too many datagrams wait for lookups");
             }
         } else if !self.charge(data.len()) {
             return false;
@@ -332,7 +338,8 @@ impl AssociationRelay<'_> {
             let has_other = self.name_cache.fail(name, addr);
             selected = if has_other { self.name_cache.select(now, name, port) } else { None };
             if selected.is_none() {
-                self.record_drop(None, format_args!("{} has no address that is allowed and reachable", name.as_str()));
+                let reason = format_args!("{} has no address that is allowed and reachable", name.as_str());
+                self.on_drop(DropUnsent, None, reason);
             }
         }
         false
@@ -359,8 +366,8 @@ impl AssociationRelay<'_> {
             for (port, data) in waiting {
                 let dst = Addr { host: Host::Name(name.clone()), port };
                 match (result.as_ref().err(), self.route(&dst)) {
-                    (Some(error), _) => self.record_drop(Some(&dst), error),
-                    (None, Err(denial)) => self.record_drop(Some(&dst), denial),
+                    (Some(error), _) => self.on_drop(DropLookup, Some(&dst), error),
+                    (None, Err(denial)) => self.on_drop(DropDenied, Some(&dst), denial),
                     (None, Ok(route)) => self.send(route, &dst, &data),
                 }
             }
@@ -370,18 +377,20 @@ impl AssociationRelay<'_> {
 
     fn count_sent(&self, bytes: usize) {
         self.session.log.bytes.up.fetch_add(bytes as u64, Ordering::Relaxed);
+        counters::add(Counter::BytesUp, bytes as u64);
     }
 
     /// Takes `bytes` from the rate limit. Returns false if it is exhausted: the caller drops the datagram.
     fn charge(&self, bytes: usize) -> bool {
         let is_within = !self.rate_limit.is_limited() || self.rate_limit.try_take(bytes, Instant::now());
         if !is_within {
-            self.record_drop(None, "rate limit");
+            self.on_drop(DropRate, None, "rate limit");
         }
         is_within
     }
 
-    fn record_drop(&self, dst: Option<&Addr>, reason: impl fmt::Display) {
+    fn on_drop(&self, counter: Counter, dst: Option<&Addr>, reason: impl fmt::Display) {
+        counters::count(counter);
         self.drop_log.record(&self.session.log, dst, reason);
     }
 
@@ -391,7 +400,8 @@ impl AssociationRelay<'_> {
             if batch.peer() != Some(from) {
                 self.flush_answers(batch);
                 if !self.is_answer_allowed(from) {
-                    self.record_drop(None, format_args!("answer from {from}, which a rule or the filter denies"));
+                    let reason = format_args!("answer from {from}, which a rule or the filter denies");
+                    self.on_drop(DropDenied, None, reason);
                     continue;
                 }
                 self.record_answer(from);
@@ -428,12 +438,13 @@ impl AssociationRelay<'_> {
 
     /// Sends an answer outside of a batch.
     fn send_answer(&self, from: &Addr, data: &[u8]) {
-        if self.client.send(from, data) {
-            self.count_answered(data.len());
-        }
+        let is_sent = self.client.send(from, data);
+        counters::add(DropUnsent, u64::from(!is_sent));
+        self.count_answered(if is_sent { data.len() } else { 0 });
     }
 
     fn count_answered(&self, bytes: usize) {
         self.session.log.bytes.down.fetch_add(bytes as u64, Ordering::Relaxed);
+        counters::add(Counter::BytesDown, bytes as u64);
     }
 }

@@ -5,18 +5,18 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use super::counters::COUNTERS;
 use super::handshakes::Handshakes;
 use super::log_shares::{Topic, admit};
 use super::options::{Options, Quotas};
 use super::reply::{SessionError, SessionResult};
 use super::shares::{ClientKey, ShareGuard, Shares, lock};
+use crate::counters::{self, Counter};
 use crate::net::{RateLimit, TokenBucket};
 use crate::proto::PortRange;
 
 /// Applies the limits to all sessions of the server.
 pub(super) struct Limiter {
-    max_sessions: usize,
+    pub(super) max_sessions: usize,
     sessions_per_client: usize,
     pub(super) sessions: Shares,
     /// Sessions until their requests.
@@ -103,7 +103,7 @@ impl Limiter {
         }
         let is_admitted = reserved.assign(ClientKey::new(client.map(|client| client.ip())));
         if !is_admitted {
-            COUNTERS.count_refused();
+            counters::count(Counter::Refused);
             let (client, limit) =
                 (client.map_or("unix".into(), |client| client.ip().to_string()), self.sessions_per_client);
             warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)"));

@@ -19,6 +19,7 @@ use rustix::io::Errno;
 
 use super::log_shares::LOGFMT_TARGET;
 use super::shares::lock;
+use crate::counters::{self, Counter};
 
 /// Maximum number of lines in a queue. A line has about 250 bytes.
 const MAX_LINES: usize = 4096;
@@ -82,7 +83,7 @@ impl Queue {
         let mut lines = lock(&self.lines);
         if lines.len() >= MAX_LINES {
             self.lost.fetch_add(1, Ordering::Relaxed);
-            return;
+            return counters::count(Counter::LostLines);
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
         lines.push_back(line);
@@ -110,6 +111,7 @@ impl Queue {
                 };
                 is_written = written.is_ok();
                 self.lost.fetch_add(u64::from(!is_written), Ordering::Relaxed);
+                counters::add(Counter::LostLines, u64::from(!is_written));
                 self.waiting.fetch_sub(1, Ordering::Release);
                 error = written.err().or(error);
             }

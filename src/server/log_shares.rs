@@ -12,6 +12,7 @@ use log::Level;
 
 use super::shares::{ClientKey, lock};
 use super::worker;
+use crate::counters::{self, Counter};
 use crate::net::sleep_until;
 
 /// Target of records in logfmt. The logger adds time and level as further fields.
@@ -122,6 +123,7 @@ pub(super) fn admit(topic: Topic, client: Option<ClientKey>) -> bool {
     let is_over = now >= shares.since + INTERVAL * if shares.has_task { 2 } else { 1 };
     let ended = if is_over { shares.restart(now) } else { HashMap::new() };
     let is_within = shares.admit(topic, client);
+    counters::add(Counter::OmittedLines, u64::from(!is_within));
     // When the workers end, `report` follows.
     if !is_within && !shares.has_task && !worker::is_ending() {
         shares.has_task = true;

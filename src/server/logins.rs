@@ -8,6 +8,7 @@ use super::login_throttle::{FREE_FAILURES, LoginThrottle, MAX_WAIT, Turn};
 use super::passwords::Login;
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
 use super::shares::{ClientKey, ShareGuard, Shares, lock};
+use crate::counters::{self, Counter};
 use crate::net::{ThreadPool, sleep_until, timeout_at};
 use crate::policy::users::HashMemory;
 
@@ -77,7 +78,7 @@ impl Logins {
             Hashed::Right(policy) => Some(Some(policy)),
             Hashed::Wrong(end) => {
                 on_refused();
-                sleep_until(end).await;
+                delay_refusal(end).await;
                 Some(None)
             }
             Hashed::MustWait => {
@@ -116,7 +117,7 @@ impl Logins {
                     if !is_hashed {
                         self.hash(policy, login, true).await;
                     }
-                    sleep_until(end).await;
+                    delay_refusal(end).await;
                     return None;
                 }
                 // The client was evicted, because too many others had failures.
@@ -162,6 +163,11 @@ impl Logins {
         // If no thread can be started, this worker computes the hash: a right password is not refused.
         THREADS.run(hash.clone()).await.unwrap_or_else(|| hash(&mut HashMemory::default()))
     }
+}
+
+async fn delay_refusal(end: Instant) {
+    counters::add(Counter::Delayed, u64::from(end > Instant::now()));
+    sleep_until(end).await;
 }
 
 /// Removes a login that has waited from the throttle, also if it is cancelled.

@@ -19,8 +19,8 @@ use futures_lite::FutureExt as _;
 use rustix::time::{ClockId, clock_gettime};
 use smol::Timer;
 
-use super::counters::COUNTERS;
 use super::inherited::number;
+use super::session_counts;
 use super::state::Server;
 
 /// Minimum time between two reports of the number of sessions.
@@ -96,7 +96,7 @@ impl Notifier {
     }
 
     async fn report_sessions<T>(&self) -> T {
-        let changes = COUNTERS.changes();
+        let changes = session_counts::changes();
         loop {
             if self.status() != *self.last_status.borrow() {
                 self.send_with_status("");
@@ -108,7 +108,7 @@ impl Notifier {
 
     fn status(&self) -> String {
         let state = if self.is_draining.get() { "draining" } else { "serving" };
-        format!("STATUS={state}: {}", COUNTERS.summary())
+        format!("STATUS={state}: {}", session_counts::summary())
     }
 
     fn send_with_status(&self, report: &str) {

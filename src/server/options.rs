@@ -24,6 +24,10 @@ pub struct Options {
     pub listen: Vec<ListenAddr>,
     /// Sockets to use instead of `listen`, if there are any.
     pub inherited: Vec<InheritedSocket>,
+    /// Address of metrics and health checks.
+    pub metrics: Option<ListenAddr>,
+    /// Set to let other hosts read the metrics.
+    pub allow_remote_metrics: bool,
     /// Time from accept to the end of the request.
     pub handshake_timeout: Duration,
     /// Time to resolve a name and to try all of its addresses.

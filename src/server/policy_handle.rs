@@ -1,10 +1,11 @@
 //! The current policy, shared by all sessions. A reload replaces it, and each session rechecks itself once.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
 use super::local_addr::is_local;
@@ -14,11 +15,16 @@ use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 use crate::policy::users::HashMemory;
 use crate::policy::{Policy, is_reachable};
 
+/// Maximum number of rules whose denials are counted separately. A block list has far more.
+const MAX_DENYING_RULES: usize = 1000;
+
 /// One generation of the policy, with the verified passwords of its users.
 pub(super) struct PolicySnapshot {
     pub(super) policy: Policy,
     pub(super) passwords: VerifiedPasswords,
     pub(super) generation: u32,
+    /// Number of denials by the label of the rule, for metrics.
+    pub(super) denials: Mutex<BTreeMap<String, u64>>,
 }
 
 /// Holds the current policy.
@@ -55,8 +61,8 @@ impl fmt::Display for Denial<'_> {
 
 impl PolicyHandle {
     pub(super) fn new(policy: Policy, keep_sessions: bool) -> Self {
-        let snapshot = Arc::new(PolicySnapshot { policy, passwords: VerifiedPasswords::default(), generation: 0 });
-        Self { current: RwLock::new(snapshot), generation: 0.into(), closed_sessions: 0.into(), keep_sessions }
+        let current = RwLock::new(PolicySnapshot::new(policy, 0));
+        Self { current, generation: 0.into(), closed_sessions: 0.into(), keep_sessions }
     }
 
     pub(super) fn current(&self) -> Arc<PolicySnapshot> {
@@ -66,7 +72,7 @@ impl PolicyHandle {
     pub(super) fn replace(&self, policy: Policy) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         let generation = current.generation.wrapping_add(1);
-        *current = Arc::new(PolicySnapshot { policy, passwords: VerifiedPasswords::default(), generation });
+        *current = PolicySnapshot::new(policy, generation);
         self.closed_sessions.store(0, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Release);
     }
@@ -96,6 +102,10 @@ impl PolicyHandle {
 }
 
 impl PolicySnapshot {
+    fn new(policy: Policy, generation: u32) -> Arc<Self> {
+        Arc::new(Self { policy, passwords: VerifiedPasswords::default(), generation, denials: Mutex::default() })
+    }
+
     /// Returns whether the password of a login is right. Hashes it, unless it was verified lately.
     pub(super) fn has_password(&self, login: &Login, memory: &mut HashMemory) -> bool {
         let Some(users) = &self.policy.users else { return false };
@@ -109,6 +119,12 @@ impl PolicySnapshot {
         is_right
     }
 
+    fn count_denial(&self, rule: &Rule) {
+        let (mut denials, label) = (self.denials.lock().unwrap_or_else(PoisonError::into_inner), rule.label());
+        let is_separate = denials.len() < MAX_DENYING_RULES || denials.contains_key(&label);
+        *denials.entry(if is_separate { label } else { "others".into() }).or_default() += 1;
+    }
+
     /// Decides a request, and returns its route. `None`: the rules depend on an address that is not known yet.
     pub(super) fn authorize(&self, request: &AccessRequest<'_>) -> Result<Option<Route>, Denial<'_>> {
         if request.identity.is_some_and(|identity| !self.policy.accepts_identity(&identity)) {
@@ -116,7 +132,10 @@ impl PolicySnapshot {
         }
         let (rule, route) = match self.policy.evaluate(request, is_local) {
             Decision::Allow(rule, route) => (rule, route),
-            Decision::Deny(rule) => return Err(Denial::Rule(rule)),
+            Decision::Deny(rule) => {
+                self.count_denial(rule);
+                return Err(Denial::Rule(rule));
+            }
             Decision::Undecided(_) => return Ok(None),
         };
         if is_reachable(request, rule, route) { Ok(Some(route)) } else { Err(Denial::Unreachable) }

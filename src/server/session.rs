@@ -18,6 +18,7 @@ use super::state::{Session, unless};
 use super::tunnel::Tunnel;
 use super::worker;
 use crate::conn::{Conn, DetachedConn, Protection, ReadError};
+use crate::counters::Histogram;
 use crate::gssapi::GssapiError;
 use crate::net::timeout_at;
 use crate::proto::{
@@ -144,6 +145,7 @@ impl Session {
         self.log.command = Some(request.command);
         self.log.dst = Some(request.dst.clone());
         self.log.log_request();
+        Histogram::Handshake.observe(self.log.elapsed());
         dispatch(self, conn, request, is_stream_allowed).await
     }
 

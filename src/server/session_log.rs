@@ -8,18 +8,18 @@ use std::cell::{Cell, OnceCell};
 use std::fmt::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::num::NonZeroU16;
-use std::sync::LazyLock;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use log::Level;
 
-use super::counters::COUNTERS;
 use super::log_shares::{ACCESS_TARGET, LOGFMT_TARGET, Topic, admit};
 use super::options::Hop;
+use super::session_counts;
 use super::shares::ClientKey;
 use super::worker;
 use crate::client::Client;
+use crate::counters::{self, Counter};
 use crate::net::{ByteCounts, DialError, canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, Rep};
@@ -34,7 +34,7 @@ pub(super) const MAX_NAME_LEN: usize = 255;
 pub(super) struct SessionLog {
     /// Number of the session since the start of the server.
     pub(super) id: u32,
-    /// Time from the start of the first session to that of this one, in milliseconds.
+    /// Time from the start of the first session to that of this one, in microseconds.
     started: u64,
     client: Option<AddrPort>,
     /// Boxed twice, because most sessions have no user.
@@ -104,18 +104,12 @@ impl AddrPort {
     }
 }
 
-/// Returns the time since the first call, in milliseconds.
-fn uptime_ms() -> u64 {
-    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX)
-}
-
 impl SessionLog {
     /// `client` is `None` on a Unix socket.
     pub(super) fn new(client: Option<SocketAddr>) -> Self {
         Self {
-            id: COUNTERS.next_session(),
-            started: uptime_ms(),
+            id: session_counts::begin(),
+            started: session_counts::uptime_us(),
             client: client.and_then(AddrPort::new),
             user: None,
             method: None,
@@ -141,6 +135,15 @@ impl SessionLog {
     /// Like [`Self::set_error`], with the topic of the line.
     pub(super) fn set_error_of(&self, topic: Topic, error: impl ToString) {
         let _ = self.error.set(Box::new((topic, error.to_string())));
+    }
+
+    /// Counts the result: a success when it is reached, and all others at the end of the session.
+    pub(super) fn count_result(&self, is_end: bool) {
+        session_counts::count_result(is_end, self.addr.is_some(), (self.command, self.method, self.rep));
+    }
+
+    pub(super) fn elapsed(&self) -> Duration {
+        Duration::from_micros(session_counts::uptime_us().saturating_sub(self.started))
     }
 
     pub(super) fn client(&self) -> Option<SocketAddr> {
@@ -326,10 +329,11 @@ impl Drop for SessionLog {
         if worker::is_ending() {
             self.set_error_of(self.method.map_or(Topic::Step, |_| Topic::Session), "cut at shutdown");
         }
-        COUNTERS.count_end(self.rep, &self.bytes);
+        session_counts::end();
+        self.count_result(true);
         let topic = match self.error.get().map(|error| &**error) {
             Some((_, error)) if error.starts_with(LOGIN_REFUSED) => {
-                COUNTERS.count_failed_login();
+                counters::count(Counter::FailedLogins);
                 Topic::Login
             }
             error => error.map_or(Topic::Session, |(topic, _)| *topic),
@@ -386,7 +390,7 @@ impl fmt::Display for SessionLog {
         let is_association = self.command == Some(Command::UdpAssociate) && self.bnd.is_some();
         Field(" targets=", is_association.then(|| self.targets.get())).fmt(f)?;
         let [up, down] = [&self.bytes.up, &self.bytes.down].map(|bytes| bytes.load(Ordering::Relaxed));
-        let elapsed = Duration::from_millis(uptime_ms().saturating_sub(self.started));
+        let elapsed = self.elapsed();
         write!(f, " up={up} down={down} seconds={}.{:03}", elapsed.as_secs(), elapsed.subsec_millis())?;
         Field(" error=", self.error.get().map(|error| format!("{:?}", error.1))).fmt(f)
     }

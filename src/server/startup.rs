@@ -5,7 +5,7 @@ use std::mem::take;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use super::listen::Listener;
+use super::listen::{ListenAddr, Listener};
 use super::local_addr::is_local;
 use super::options::Options;
 use super::sandbox;
@@ -38,6 +38,7 @@ pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError
     for listen in options.listen.iter().filter(|_| inherited.is_empty()) {
         addrs.extend(listen.resolve().map_err(ServerError::io(format!("listen on {listen}")))?);
     }
+    policy.metrics_addrs = options.metrics.iter().flat_map(ListenAddr::addrs).collect();
     prepare(&mut policy, &options, addrs).map(|log_sandbox| log_sandbox())
 }
 
@@ -51,6 +52,7 @@ pub(super) fn prepare(
     policy.listen_addrs = addrs;
     policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
     let error = check_open_relay(policy, options).or_else(|| check_proxy_loop(policy, options));
+    let error = error.or_else(|| check_metrics(policy, options));
     options.outbound_options.clone().set_for_process();
     let capabilities = sandbox::outbound_capabilities(options).map_err(ServerError::Config)?;
     let error = error.or_else(|| sandbox::check_ports(options)).or_else(|| check_outbound(policy, options));
@@ -71,10 +73,18 @@ pub(super) fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, Ser
         let inherit = |socket| Listener::inherit(socket).map_err(ServerError::io("use a socket of LISTEN_FDS"));
         return inherited.into_iter().map(inherit).collect();
     }
+    bind_all(&options.listen, "--listen")
+}
+
+/// Binds the addresses of an option.
+pub(super) fn bind_all<'a>(
+    addrs: impl IntoIterator<Item = &'a ListenAddr>,
+    option: &str,
+) -> Result<Vec<Listener>, ServerError> {
     let mut listeners = Vec::new();
-    for listen in &options.listen {
+    for listen in addrs {
         listeners.extend(listen.bind().map_err(|(addr, error)| {
-            let with_remedy = io::Error::other(format!("{error} (choose another address with --listen)"));
+            let with_remedy = io::Error::other(format!("{error} (choose another address with {option})"));
             ServerError::Io(format!("listen on {addr}"), with_remedy)
         })?);
     }
@@ -109,6 +119,15 @@ pub(super) fn check_outbound(policy: &Policy, options: &Options) -> Option<Strin
         let name = rule.map_or("--outbound ".into(), |rule| format!("{}: outbound=", rule.origin()));
         Some(format!("{name}{ip}: {error} (choose an address of this host)"))
     })
+}
+
+/// Returns an error with remedies if other hosts can reach the metrics, unless the options allow that.
+fn check_metrics(policy: &Policy, options: &Options) -> Option<String> {
+    let addr = policy.metrics_addrs.iter().find(|addr| !addr.ip().is_loopback() && !options.allow_remote_metrics)?;
+    Some(format!(
+        "refusing to serve metrics on {addr}, where other hosts can read them: \
+         use a loopback address or unix:PATH, or --allow-remote-metrics"
+    ))
 }
 
 /// Returns an error if the first proxy of a hop is this server: one request would use up all of its sessions.

@@ -10,7 +10,6 @@ use std::time::Instant;
 use futures_lite::FutureExt as _;
 use pin_project_lite::pin_project;
 
-use super::counters::COUNTERS;
 use super::dial_shares::DialShares;
 use super::limiter::{Limiter, SessionQuota};
 use super::local_addr::route_source;
@@ -26,6 +25,7 @@ use super::shares::ShareGuard;
 use super::worker::WorkerPool;
 use crate::client::lookup;
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
+use crate::counters::{self, Counter};
 use crate::net::{DialError, LocalAddr, RateLimit, RelayOptions, sleep, timeout_at};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Host, Rep, Reply};
@@ -85,7 +85,7 @@ impl Session {
     /// Checks the rules about the client when it is known: at accept, or after the header of a load balancer.
     pub(super) fn check_client(&self) -> SessionResult<()> {
         if let Err(denial) = self.authorize(&self.log.client_request()) {
-            COUNTERS.count_refused();
+            counters::count(Counter::Refused);
             return Err(SessionError { topic: Topic::Refused, ..SessionError::silent(denial.reason) });
         }
         self.log.log_start();
@@ -194,9 +194,12 @@ impl Session {
         if let Host::Ip(ip) = bnd.host {
             self.log.set_bnd(SocketAddr::new(ip, bnd.port));
         }
-        client.write_message(&Reply { rep: Rep::SUCCEEDED, bnd }).await.map_err(SessionError::silent)?;
-        self.log.rep = Some(Rep::SUCCEEDED);
-        Ok(())
+        let sent = client.write_message(&Reply { rep: Rep::SUCCEEDED, bnd }).await.map_err(SessionError::silent);
+        if sent.is_ok() {
+            self.log.rep = Some(Rep::SUCCEEDED);
+        }
+        self.log.count_result(false);
+        sent
     }
 }
 

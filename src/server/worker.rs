@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 use smol::LocalExecutor;
 use smol::channel::{self, Receiver, Sender};
 
+use crate::counters;
 use crate::net::reactor;
 
 /// A worker passes a new connection on if it has over twice the sockets of the least loaded worker plus this many.
@@ -162,6 +163,11 @@ impl WorkerPool {
         self.accepting.close();
     }
 
+    /// Returns whether the shutdown has not begun.
+    pub(super) fn is_accepting(&self) -> bool {
+        !self.accepting.is_closed()
+    }
+
     /// Waits until the shutdown begins.
     pub(super) async fn wait_stop_accepting(&self) {
         let _ = self.stop_accepting.recv().await;
@@ -205,6 +211,7 @@ impl Worker {
             // Dropped at the end, which closes the remaining sessions.
             let executor = Rc::new(LocalExecutor::new());
             THIS.set((self.index, Rc::downgrade(&executor)));
+            counters::set_worker(self.index);
             reactor::publish_socket_count(self.socket_count);
             start()?;
             let _ = self.reports.try_send(WorkerReport::Accepting);

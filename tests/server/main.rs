@@ -4,6 +4,7 @@
 
 mod guard;
 mod lifecycle;
+mod metrics;
 mod relay;
 mod serve;
 #[path = "../support/mod.rs"]

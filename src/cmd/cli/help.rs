@@ -37,6 +37,7 @@ const ONLY_IN_MANUAL: &[&str] = &[
     "--log-format",
     "--rate-per-user",
     "--udp-filtering",
+    "--allow-remote-metrics",
 ];
 
 pub(crate) fn text(syntax: &Syntax) -> String {

@@ -8,6 +8,8 @@ use rustix::net::{RecvFlags, recv};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 use rustix::process::{Resource, getrlimit};
 
+use crate::counters::{Counter, OpenGuard};
+
 /// Pipe sizes to try, in bytes. The kernel limits the sum of a user's pipes (pipe-user-pages-soft in pipe(7)).
 const PIPE_SIZES: [usize; 2] = [1 << 20, 1 << 18];
 
@@ -18,6 +20,7 @@ pub(super) struct Pipe {
     len: usize,
     /// Bytes relayed by the direction until the last call of `has_progressed`.
     last_count: u64,
+    _guard: OpenGuard,
 }
 
 /// Returns whether the error means that the kernel cannot splice this socket. The stream itself is intact.
@@ -51,7 +54,7 @@ impl Pipe {
         if capacity < min_capacity {
             return Err(Errno::NOMEM.into());
         }
-        Ok(Self { reader, writer, capacity, len: 0, last_count: 0 })
+        Ok(Self { reader, writer, capacity, len: 0, last_count: 0, _guard: OpenGuard::new(Counter::OpenPipes) })
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -67,6 +67,11 @@ impl Rule {
         if self.line == 0 { name.clone() } else { format!("{name} line {}", self.line) }
     }
 
+    /// Returns a name that differs from those of other rules: the origin, and the text unless the origin has a line.
+    pub fn label(&self) -> String {
+        if self.line == 0 { format!("{} ({self})", self.source.name) } else { self.origin() }
+    }
+
     /// Returns the text of the rule, with single spaces.
     pub fn text(&self) -> String {
         self.raw_text().split_whitespace().collect::<Vec<_>>().join(" ")

@@ -11,6 +11,7 @@ use super::super::shares::ShareGuard;
 use super::super::state::Session;
 use super::sent_to::SentTo;
 use super::upstream::{Upstream, UpstreamEvent, only_route};
+use crate::counters::{self, Counter};
 use crate::net::{BatchSocket, GsoBatch, set_outbound_options, with_scope};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Host, HostName};
@@ -91,7 +92,8 @@ impl Egress {
         if self.sent_to.insert(dst.ip(), None) {
             session.log.log_target(&dst, Some(dst), None);
         }
-        let sent = self.socket(session, route, dst).map_or(0, |socket| socket.send_batch(Some(dst), batch));
+        let socket = self.socket(session, route, dst).inspect_err(|_| counters::count(Counter::DropUnsent));
+        let sent = socket.map_or(0, |socket| socket.send_batch(Some(dst), batch));
         batch.clear();
         sent
     }

@@ -14,6 +14,7 @@ use super::super::shares::ShareGuard;
 use super::super::state::Session;
 use crate::client::{Association, Client};
 use crate::conn::Conn;
+use crate::counters::{self, Counter};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Host};
 
@@ -117,9 +118,14 @@ impl Upstream {
         if is_opening && waiting + data.len() <= MAX_WAITING_BYTES {
             self.waiting.push((dst.clone(), data.to_vec()));
         } else {
-            self.dropped += 1;
+            self.drop_datagrams(1);
         }
         false
+    }
+
+    fn drop_datagrams(&mut self, count: usize) {
+        self.dropped += count;
+        counters::add(Counter::DropHop, count as u64);
     }
 
     /// Notices that the association is open, has failed to open, or has been closed.
@@ -134,7 +140,8 @@ impl Upstream {
                 }
                 Poll::Ready(Err(error)) => {
                     self.state = UpstreamState::Closed;
-                    self.dropped += self.waiting.drain(..).count();
+                    let waiting = self.waiting.drain(..).count();
+                    self.drop_datagrams(waiting);
                     Some(UpstreamEvent::Failed(error.reason))
                 }
             },

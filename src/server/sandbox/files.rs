@@ -96,7 +96,7 @@ fn allowed(options: &Options) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     all.extend(etc_files.into_iter().chain(SYSTEM_FILES.map(PathBuf::from)).map(|path| (path, read)));
     all.push(("/dev/null".into(), write));
     all.extend(options.reload_files.iter().flat_map(|file| readable_dirs(file)).map(|dir| (dir, read)));
-    let sockets = options.listen.iter().filter_map(|listen| match listen {
+    let sockets = options.listen.iter().chain(&options.metrics).filter_map(|listen| match listen {
         ListenAddr::Unix(path) => dir_of(path),
         _ => None,
     });
