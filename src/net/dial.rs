@@ -22,7 +22,7 @@ use super::outbound::set_outbound_options;
 use super::reactor::Interest;
 use super::socket::Io;
 use super::timer::{sleep, timeout_at};
-use crate::counters::{Histogram, Timer};
+use crate::counters::ConnectTimer;
 use crate::name_addrs::alternate_families;
 
 /// Time after which [`dial`] tries the next address: the Connection Attempt Delay of RFC 8305 section 5.
@@ -189,7 +189,7 @@ pub async fn dial(
     limits: &dyn DialLimits,
     deadline: Instant,
 ) -> Result<Dialed, DialError> {
-    let _timer = Timer(Histogram::Connect, Instant::now());
+    let _timer = ConnectTimer(Instant::now());
     // Most targets have one address, and need neither the queue nor a list of attempts.
     if let [addr] = addrs.as_slice()
         && local.can_reach(addr.ip())

@@ -10,7 +10,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use super::dial::{DialError, DialLimits, with_scope};
 use super::outbound::sort_by_preference;
 use super::threads::unblock;
-use crate::counters::{Histogram, Timer};
+use crate::counters::Histogram;
 
 const MAX_ADDRS_PER_NAME: usize = 32;
 
@@ -33,11 +33,12 @@ pub async fn lookup(name: &str, port: u16, limits: &dyn DialLimits) -> Result<Ve
     if !is_host_name(name) {
         return Err(DialError::NameNotFound);
     }
-    let _timer = Timer(Histogram::Lookup, Instant::now());
     let (name, guard) = (name.to_owned(), limits.start_lookup().await);
     let found = unblock(move || {
-        let _guard = guard;
-        system_lookup(&name, port, 0)
+        let (_guard, started) = (guard, Instant::now());
+        let found = system_lookup(&name, port, 0);
+        Histogram::Lookup.observe(started.elapsed());
+        found
     });
     found.await.unwrap_or(Err(DialError::LocalResources))
 }
