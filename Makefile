@@ -8,7 +8,7 @@ FUZZ_TARGETS = proto reassembly rules session handshake protected datagrams prox
 CARGO = cargo
 BINARY = $(or $(CARGO_TARGET_DIR),target)/release/s5
 
-.PHONY: help build serve check test test-quick test-programs compare-clients bench bench-quick bench-programs soak fuzz torture test-system install clean
+.PHONY: help build serve check test test-quick test-programs compare-clients bench bench-quick bench-programs soak fuzz torture test-system deb static install clean
 
 help:              ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -104,6 +104,17 @@ SYSTEM_PROGRAMS = haproxy:haproxy
 test-system: test-programs ## run s5 behind HAProxy and other programs, as root; less than 15 minutes
 	@missing=; $(call FIND_MISSING,$(SYSTEM_PROGRAMS)); $(INSTALL_MISSING)
 	S5_TEST_STRICT=1 RUST_TEST_THREADS=1 $(CARGO) test --locked --test system -- --ignored
+
+# DEB_OPTIONS is for cargo-deb, such as --deb-version 0.1.1.
+deb: build         ## build a Debian package, target/debian/s5_*.deb
+	command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb
+	$(MAKE) --no-print-directory install DESTDIR='$(CURDIR)/target/deb' PREFIX=/usr
+	$(CARGO) deb --no-build --no-strip $(DEB_OPTIONS)
+
+HOST = $(shell $(CARGO) -vV | sed -n 's/^host: //p')
+static:            ## build a binary for any Linux of this architecture; s5 --version -v shows what it lacks
+	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build --release --locked --target $(HOST)
+	@echo '$(or $(CARGO_TARGET_DIR),target)/$(HOST)/release/s5'
 
 # Builds only if there is no binary: with sudo, cargo is often not in PATH.
 install: $(BINARY) ## install s5, its manual page and completions to PREFIX (/usr/local)

@@ -7,6 +7,8 @@ pub mod netcat;
 pub mod serve;
 pub mod udp;
 
+use std::env;
+
 use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
@@ -26,6 +28,10 @@ struct ProgramArgs {
     /// print the version and exit
     #[argh(switch)]
     version: bool,
+
+    /// with --version: print the target, and what this build lacks
+    #[argh(switch, short = 'v')]
+    verbose: bool,
 
     /// print completions for bash, zsh or fish and exit
     #[argh(option, arg_name = "SHELL", from_str_fn(parse_shell))]
@@ -135,11 +141,26 @@ fn parse_with(program: &Syntax, args: &[String]) -> CliResult<Action> {
 impl ProgramArgs {
     fn action(self, program: &Syntax) -> Result<Action, String> {
         match self {
-            Self { version: true, .. } => Ok(Action::Print(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
+            Self { version: true, verbose, .. } => Ok(Action::Print(version(verbose))),
             Self { man: true, .. } => Ok(Action::Print(manual::text(program))),
             Self { completions: Some(script), .. } => Ok(Action::Print(script(program))),
             _ => Err("a mode is required: serve, connect, bind or udp".into()),
         }
+    }
+}
+
+/// Returns the version. If `is_verbose` is set, also the target, and what a static binary lacks: libraries of the system.
+fn version(is_verbose: bool) -> String {
+    let version = format!("{NAME} {}", env!("CARGO_PKG_VERSION"));
+    let environment = if cfg!(target_env = "musl") { "musl" } else { "gnu" };
+    let (link, gssapi, nsswitch) = match cfg!(target_feature = "crt-static") {
+        true => ("static", "no", "no (only files and dns)"),
+        false => ("dynamic", "yes, if the library is installed", "yes"),
+    };
+    let target = format!("{}-{}-{environment}", env::consts::ARCH, env::consts::OS);
+    match is_verbose {
+        true => format!("{version}\ntarget: {target}, {link}\nGSSAPI: {gssapi}\nnsswitch: {nsswitch}"),
+        false => version,
     }
 }
 

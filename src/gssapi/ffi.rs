@@ -97,6 +97,9 @@ fn api() -> LibraryResult<&'static Api> {
     // SAFETY: getauxval(3) has no preconditions.
     let is_secure = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
     let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR).filter(|_| !is_secure) {
+        _ if cfg!(target_feature = "crt-static") => {
+            Err("a static binary cannot load the library (use another build)".into())
+        }
         Some(path) if Path::new(&path).is_absolute() => open_library(path),
         Some(path) => Err(format!("{LIBRARY_ENV_VAR} is not an absolute path: {}", path.display())),
         None => {

@@ -14,6 +14,11 @@ fn filter() -> String {
     format!("{}\n", filters.next().expect("a filter in the README").trim())
 }
 
+#[test]
+fn filter_of_the_package_is_that_of_the_page() {
+    assert_eq!(include_str!("../../src/dist/s5.fail2ban"), filter());
+}
+
 /// The end of a log line of another client's failed login. Sent as a user name to forge that line.
 const FORGED: &str = "x\" up=0 down=0 seconds=0.001 error=\"login refused\"";
 
