@@ -18,11 +18,12 @@ pub(super) fn to_json(fields: &str) -> String {
 }
 
 /// Returns true for digits with at most one point. An IPv4 address has three.
+// Not by `f64::from_str`, which takes 22 KB.
 fn is_number(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_digit())
         && text.ends_with(|c: char| c.is_ascii_digit())
         && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
-        && text.parse::<f64>().is_ok()
+        && text.bytes().filter(|byte| *byte == b'.').count() <= 1
 }
 
 /// The value of a field.
