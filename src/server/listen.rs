@@ -87,7 +87,7 @@ impl fmt::Display for ListenAddr {
 }
 
 impl ListenAddr {
-    /// Like [`Self::resolve`]. A name that can't be resolved has none.
+    /// Returns the TCP addresses. A name that can't be resolved has none.
     pub fn addrs(&self) -> Vec<SocketAddr> {
         self.resolve().unwrap_or_default()
     }
