@@ -100,9 +100,12 @@ torture: test-programs ## fail each system call of a session once, with each err
 	S5_TEST_STRICT=1 RUST_TEST_THREADS=8 $(CARGO) test --locked --test torture -- --ignored
 
 # Programs that only tests/system runs, each with its Debian package.
-SYSTEM_PROGRAMS = haproxy:haproxy
+SYSTEM_PROGRAMS = socat:socat tc:iproute2 kvno:krb5-user
 test-system: test-programs ## run s5 behind HAProxy and other programs, as root; less than 15 minutes
-	@missing=; $(call FIND_MISSING,$(SYSTEM_PROGRAMS)); $(INSTALL_MISSING)
+	@echo 'one test downloads the Python package kubernetes-validate into a temporary directory'
+	@missing=; $(call FIND_MISSING,$(SYSTEM_PROGRAMS)); \
+	/usr/bin/python3 -c 'import yaml' 2>/dev/null || missing="$$missing python3-yaml"; \
+	$(INSTALL_MISSING)
 	S5_TEST_STRICT=1 RUST_TEST_THREADS=1 $(CARGO) test --locked --test system -- --ignored
 
 # DEB_OPTIONS is for cargo-deb, such as --deb-version 0.1.1.

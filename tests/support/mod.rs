@@ -136,11 +136,7 @@ impl Server {
 
     /// CPU time that the server has used, in seconds.
     pub fn cpu_seconds(&self) -> f64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the server runs");
-        let fields: Vec<&str> =
-            stat.rsplit_once(')').expect("a process name in parentheses").1.split_whitespace().collect();
-        // utime and stime, fields 14 and 15 of proc(5), in ticks of 10 ms.
-        [11, 12].iter().map(|i| fields[*i].parse::<f64>().expect("ticks")).sum::<f64>() / 100.0
+        cpu_seconds(self.pid())
     }
 
     pub fn signal(&self, signal: &str) {
@@ -169,6 +165,15 @@ impl Drop for Server {
             eprintln!("the server's log:\n{}", self.log());
         }
     }
+}
+
+/// CPU time that a process has used, in seconds.
+pub fn cpu_seconds(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process runs");
+    let fields: Vec<&str> =
+        stat.rsplit_once(')').expect("a process name in parentheses").1.split_whitespace().collect();
+    // utime and stime, fields 14 and 15 of proc(5), in ticks of 10 ms.
+    [11, 12].iter().map(|i| fields[*i].parse::<f64>().expect("ticks")).sum::<f64>() / 100.0
 }
 
 /// Text without its last line if that has no end yet.

@@ -1,5 +1,6 @@
 //! Tests of a server among other programs (`make test-system`): they need root, several network namespaces, a booted
 //! systemd, or more time than the other tests.
 
+mod cluster;
 #[path = "../support/mod.rs"]
 mod support;
