@@ -2,5 +2,8 @@
 //! systemd, or more time than the other tests.
 
 mod cluster;
+mod package;
 #[path = "../support/mod.rs"]
 mod support;
+
+use support::*;

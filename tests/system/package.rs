@@ -1,0 +1,125 @@
+//! The Debian package (`make deb`) in a booted systemd: from its installation to its removal, with an upgrade under load.
+
+use crate::*;
+
+/// Time to boot, and for a command in the container.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A container with systemd. Its changes are in memory. Killed when dropped.
+struct Container {
+    _nspawn: ProcessGroup,
+    /// The process id of its systemd.
+    init: u32,
+}
+
+impl Container {
+    /// `shared` is /mnt in the container.
+    fn boot(shared: &Path) -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/system-root");
+        let mut command = Command::new("systemd-nspawn");
+        command.args(["-q", "--register=no", "--keep-unit", "--private-network", "--volatile=overlay", "--boot"]);
+        command.arg("-D").arg(root).arg(format!("--bind-ro={}:/mnt", shared.display()));
+        // Without its filter of system calls, which refuses Landlock.
+        command.env("SYSTEMD_SECCOMP", "0").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let nspawn = ProcessGroup::start(&mut command);
+        let pid = nspawn.pid().as_raw_nonzero();
+        let children = || fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        let mut container = Self { _nspawn: nspawn, init: 0 };
+        wait_until("systemd has booted", LIMIT, || {
+            container.init = children().split_whitespace().next().and_then(|pid| pid.parse().ok()).unwrap_or_default();
+            let state = container.output("systemctl is-system-running --wait");
+            container.init > 0 && ["running\n", "degraded\n"].iter().any(|up| state.stdout == up.as_bytes())
+        });
+        container
+    }
+
+    fn output(&self, script: &str) -> Output {
+        run(&mut self.command(script), b"", LIMIT)
+    }
+
+    fn command(&self, script: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &self.init.to_string(), "-a", "sh", "-c", script]);
+        command
+    }
+
+    /// Returns stdout of a script that succeeds.
+    fn sh(&self, script: &str) -> String {
+        let output = self.output(script);
+        assert!(output.status.success(), "{script}: {output:?}\n{}", text(&self.output("journalctl -n 60").stdout));
+        text(&output.stdout)
+    }
+
+    fn main_pid(&self) -> String {
+        self.sh("systemctl show -P MainPID s5")
+    }
+}
+
+/// Packages of two versions in a new folder.
+fn packages() -> TempDir {
+    let dir = temp_dir();
+    for version in ["1.0", "2.0"] {
+        let options = format!("--deb-version {version} --output {}/s5_{version}.deb", dir.path().display());
+        let mut make = Command::new("make");
+        // `make test-system` has built it.
+        make.args(["-o", "build", "deb", &format!("DEB_OPTIONS={options}")]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        let output = run(&mut make, b"", Duration::from_secs(600));
+        assert!(output.status.success(), "{output:?}");
+    }
+    dir
+}
+
+#[test]
+#[ignore = "needs a root file system and cargo-deb: make test-system"]
+fn package_runs_upgrades_without_a_gap_and_is_removed() {
+    let packages = packages();
+    let container = Container::boot(packages.path());
+    container.sh("dpkg -i /mnt/s5_1.0.deb");
+    let modes = container.sh("stat -c '%a %U:%G' /etc/s5/users /etc/s5/rules /etc/default/s5 /var/log/s5");
+    assert_eq!(modes, "640 root:s5\n640 root:s5\n644 root:root\n750 s5:s5\n");
+    assert_eq!(
+        container.sh("systemctl is-active s5.service s5.socket; systemctl is-enabled s5.service s5.socket"),
+        "active\nactive\nenabled\nenabled\n"
+    );
+    // There is no target in the container. The server refuses connections to itself with REP 2.
+    assert_eq!(container.output("s5 connect -z 127.0.0.1:1080").status.code(), Some(102));
+    wait_until("the session is in the journal", LIMIT, || {
+        let journal = container.sh("journalctl -u s5 -o json --output-fields=PRIORITY,MESSAGE");
+        journal.lines().any(|line| line.contains("msg=session") && line.contains("\"PRIORITY\":\"6\""))
+    });
+    // The socket starts the service, and its options come from /etc/default/s5.
+    container.sh("echo 'S5_OPTIONS=\"--rules /etc/s5/rules --access-log /var/log/s5/access.log\"' > /etc/default/s5");
+    container.sh("systemctl stop s5.service");
+    assert_eq!(container.output("s5 connect -z 127.0.0.1:1080").status.code(), Some(102));
+    container.sh("systemctl is-active s5.service");
+    wait_until("the session is in the access log", LIMIT, || {
+        container.sh("cat /var/log/s5/access.log").contains("msg=session")
+    });
+    container
+        .sh("mv /var/log/s5/access.log /var/log/s5/old && echo 'deny port=9' >> /etc/s5/rules && systemctl reload s5");
+    wait_until("the rules are read again", LIMIT, || {
+        container.sh("journalctl -u s5").contains("reload: users: 0, rules: 1")
+            && container.output("test -e /var/log/s5/access.log").status.success()
+    });
+    container.sh("echo 'deny prot=9' > /etc/s5/rules");
+    assert!(!container.output("systemctl reload s5").status.success());
+    container.sh("echo > /etc/s5/rules");
+    // An upgrade under load: each connection has an answer.
+    let before = container.main_pid();
+    let stops = || container.sh("journalctl -u s5").matches("Stopped s5.service").count();
+    let stopped = stops();
+    let load = "n=0; while ! test -e /run/stop; do s5 connect -z 127.0.0.1:1080; test $? = 102 || exit 1; n=$((n+1)); done; echo $n";
+    let mut load = container.command(load).stdout(Stdio::piped()).spawn().expect("nsenter runs");
+    container.sh("dpkg -i /mnt/s5_2.0.deb && touch /run/stop");
+    assert!(load.wait().expect("the load has ended").success(), "{}", container.sh("journalctl -u s5 -n 60"));
+    let mut count = String::new();
+    load.stdout.take().expect("a pipe").read_to_string(&mut count).expect("a number");
+    assert!(count.trim().parse::<u32>().is_ok_and(|count| count > 10), "{count}");
+    assert_ne!(container.main_pid(), before);
+    assert_eq!(stops(), stopped, "{}", container.sh("journalctl -u s5 -n 60"));
+    container.sh("systemctl is-active s5.service && test -s /etc/default/s5 && grep -q access /etc/default/s5");
+    container.sh("dpkg -r s5");
+    assert!(container.output("systemctl is-active s5.service s5.socket").stdout.starts_with(b"inactive\ninactive\n"));
+    container.sh("test -e /etc/s5/users && dpkg -P s5 && ! test -e /etc/s5 && ! test -e /var/log/s5 && ! test -e /etc/default/s5");
+    container.sh("! systemctl cat s5.service && ! ls /etc/systemd/system/*/s5.*");
+}
