@@ -13,6 +13,7 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use crate::proto::Command;
+pub use crate::server::{RESTART_HELPER, run_restart_helper};
 use cli::completions::{ScriptFn, parse_shell};
 pub use cli::exit::{CliError, CliResult, ExitStatus};
 pub use cli::logger::Logger;
@@ -65,13 +66,13 @@ impl Mode {
         Logger::new(level, false, false)
     }
 
-    /// Runs the mode until it ends.
+    /// Runs the mode until it ends. A server can be restarted with the same `command_line`.
     ///
     /// # Errors
     /// The message to print and the exit status.
-    pub fn run(self) -> CliResult {
+    pub fn run(self, command_line: Vec<String>) -> CliResult {
         match self {
-            Self::Serve(args) => args.run().map_err(|error| error.with_help(&format!("{NAME} serve"))),
+            Self::Serve(args) => args.run(command_line).map_err(|error| error.with_help(&format!("{NAME} serve"))),
             Self::Client(command, args) => {
                 let json = JsonOutput::open(args.json.as_deref())?;
                 let result = match command {

@@ -27,7 +27,7 @@ compile_error!("s5 runs on Linux only: it relies on epoll and splice");
 pub mod client;
 pub mod cmd;
 pub mod conn;
-pub(crate) mod counters;
+pub mod counters;
 pub mod gssapi;
 pub mod name_addrs;
 pub mod net;

@@ -15,6 +15,10 @@ fn main() -> ExitCode {
     let Ok(args) = std::env::args_os().map(OsString::into_string).collect::<Result<Vec<String>, _>>() else {
         return CliError::usage("the command line is not UTF-8").print();
     };
+    if args.get(1).is_some_and(|arg| arg == cmd::RESTART_HELPER) {
+        // It has nothing to report to but the server, which is gone then.
+        return ExitCode::from(u8::from(cmd::run_restart_helper().is_err()));
+    }
     let mode = match cmd::parse(&args) {
         Ok(Action::Run(mode)) => mode,
         Ok(Action::Print(text)) => {
@@ -31,9 +35,11 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {
         CliError::new(ExitStatus::FAILURE, panic.to_string().replace('\n', " ")).print();
     }));
-    // So that it can be sent to all processes of s5, of which the servers log their counters.
-    let _ = signal_hook::flag::register(Signal::USR1.as_raw(), Arc::default());
-    let code = match catch_unwind(AssertUnwindSafe(|| mode.run())) {
+    // So that they can be sent to all processes of s5. Only servers handle them.
+    for signal in [Signal::USR1, Signal::USR2] {
+        let _ = signal_hook::flag::register(signal.as_raw(), Arc::default());
+    }
+    let code = match catch_unwind(AssertUnwindSafe(|| mode.run(args))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => error.print(),
         Err(_) => ExitCode::FAILURE,

@@ -27,6 +27,7 @@ mod passwords;
 mod policy_handle;
 mod proxy_protocol;
 mod reply;
+mod restart;
 mod run_as;
 mod sandbox;
 mod session;
@@ -40,7 +41,7 @@ mod terminal;
 mod tunnel;
 mod worker;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
@@ -55,7 +56,7 @@ use nix::sys::signal::{SigSet, Signal as Nix};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
-use smol::channel::Receiver;
+use smol::channel::{self, Receiver};
 
 use crate::net::RelayOptions;
 use crate::policy::Policy;
@@ -64,7 +65,7 @@ use health::StartedServer;
 pub use inherited::InheritedSocket;
 use limiter::Limiter;
 pub use listen::ListenAddr;
-use listen::Listener;
+use listen::{KEEP_SOCKET_FILES, Listener};
 pub use local_addr::is_local;
 pub use log_queue::{AccessLog, access_line, eprint_line, flush};
 pub use log_shares::{ACCESS_TARGET, LOGFMT_TARGET, admits_detail, current_session};
@@ -72,11 +73,13 @@ use logins::Logins;
 use notify::Notifier;
 pub use options::{Chains, Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
+use restart::Restarter;
+pub use restart::{RESTART_HELPER, report_failed_start, run_restart_helper};
 pub use run_as::RunAs;
 pub use sandbox::close_inherited_descriptors;
 use session_counts::CounterFields;
 pub use startup::{ServerError, check};
-use startup::{bind_all, check_open_relay, check_outbound, ipv6_only, open_listeners, prepare};
+use startup::{check_open_relay, check_outbound, ipv6_only, open_listeners, open_metrics, prepare};
 use state::Server;
 use terminal::Terminal;
 use worker::{Worker, WorkerPool, WorkerReport};
@@ -88,6 +91,8 @@ const RESERVED_DESCRIPTORS: u64 = 64;
 const MAX_SPARE_DESCRIPTORS: u64 = 16;
 /// Descriptors of a session: the client's connection and the target's.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
+/// Time limit for the end of the accept loops at a restart.
+const RESTART_TIMEOUT: Duration = Duration::from_secs(5);
 /// Upper limit of the default for [`Options::max_connections`].
 const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
 
@@ -101,17 +106,20 @@ pub type LoadConfiguration<'a> = dyn Fn() -> Result<Configuration, String> + 'a;
 pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -> Result<(), ServerError> {
     let terminal = Terminal::at_start();
     // From the time that the server can be reached until it handles signals. Handling them starts a thread.
-    let waiting: SigSet = [Nix::SIGTERM, Nix::SIGINT, Nix::SIGHUP, Nix::SIGUSR1].into_iter().collect();
+    let waiting: SigSet = [Nix::SIGTERM, Nix::SIGINT, Nix::SIGHUP, Nix::SIGUSR1, Nix::SIGUSR2].into_iter().collect();
     waiting.thread_block().map_err(|error| ServerError::io("block signals")(error.into()))?;
     let descriptors = raise_descriptor_limit();
     let (dial_shares, dial_descriptors) = DialShares::new(descriptors);
     let default_max_sessions = default_max_sessions(descriptors - dial_descriptors.min(descriptors));
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let notifier = Notifier::connect();
-    let listeners = open_listeners(&mut options)?;
-    let metrics = bind_all(&options.metrics, "--metrics")?;
+    let listeners: Vec<_> = open_listeners(&mut options)?.into_iter().map(Arc::new).collect();
+    let metrics = open_metrics(&options)?;
     policy.metrics_addrs = metrics.iter().flat_map(Listener::addrs).collect();
-    let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(Listener::addrs).collect())?;
+    let metrics: Vec<_> = metrics.into_iter().map(Arc::new).collect();
+    // Before the sandbox.
+    let restarter = Restarter::start(&options.command_line, notifier.has_watchdog());
+    let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(|listener| listener.addrs()).collect())?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let is_restricted = options.sandbox;
     // With the rights that it has at a reload.
@@ -122,11 +130,10 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     // From now on, a reader of stderr that stops reading stops neither sessions nor signals.
     log_queue::start(access_log.transpose()?).map_err(ServerError::io("start a thread for the log"))?;
     let started = StartedServer::default();
-    health::start(&metrics, started.clone()).map_err(ServerError::io("start a thread for metrics"))?;
     for addr in ipv6_only(&policy.listen_addrs) {
         log::info!("{addr} accepts only IPv6 (for IPv4 too, use --listen *:{})", addr.port());
     }
-    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
+    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1, Signal::Usr2]);
     let signals = signals.map_err(ServerError::io("handle signals"))?;
     waiting.thread_unblock().map_err(|error| ServerError::io("unblock signals")(error.into()))?;
     let drain = options.drain_timeout;
@@ -149,7 +156,10 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         shared_ports: Arc::default(),
     });
     let spare = RefCell::new(spare_descriptors(descriptors));
+    let passed_on = [&listeners, &metrics].map(|listeners| listeners.iter().map(Arc::downgrade).collect());
     let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
+    let (is_replaced, replaced) = channel::bounded(1);
+    health::start(&metrics, started.clone(), replaced).map_err(ServerError::io("start a thread for metrics"))?;
     for addr in addrs {
         log::info!("listening on {addr}");
     }
@@ -171,11 +181,31 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         reload(server, loaded).await;
         notifier.ready();
     };
+    let restart = async || {
+        let started = match &restarter {
+            Ok(restarter) => restarter.start_successor(&passed_on).await,
+            Err(error) => Err(error.to_string()),
+        };
+        let (pid, _successor) = started.map_err(|error| log::error!("restart: {error}; this process goes on")).ok()?;
+        KEEP_SOCKET_FILES.store(true, Ordering::Relaxed);
+        is_replaced.close();
+        if let Some(server) = server.upgrade() {
+            server.workers.stop_accepting();
+            let timeout = async {
+                Timer::after(RESTART_TIMEOUT).await;
+            };
+            server.workers.wait_for_all().or(timeout).await;
+        }
+        notifier.replaced_by(pid);
+        log::info!("restart: process {pid} accepts connections from now on");
+        // The successor accepts connections when the connection to it is closed.
+        Some(())
+    };
     let stop_accepting = || {
         notifier.stopping(drain);
         server.upgrade().into_iter().for_each(|server| server.workers.stop_accepting());
     };
-    let ended = run_until_shutdown(signals, &terminal, drain, reports, reload, stop_accepting);
+    let ended = run_until_shutdown(signals, &terminal, drain, reports, reload, restart, stop_accepting);
     let result = smol::block_on(ended.or(notifier.run(server)));
     if let Some(server) = server.upgrade() {
         server.workers.stop();
@@ -217,24 +247,28 @@ async fn reload(server: &Weak<Server>, loaded: Result<Configuration, String>) {
     }
 }
 
-/// Starts the threads, and returns when all of them accept connections.
+/// Starts the threads, takes over from the old process, if there is one, and returns when all threads accept connections.
+///
+/// The kernel wakes one event loop for a connection. If that of the old process was woken, and then did not accept, the
+/// connection would wait. Therefore the listeners are registered when they are registered there no more.
 fn start(
     server: &Arc<Server>,
     workers: Vec<Worker>,
-    listeners: Vec<Listener>,
+    listeners: Vec<Arc<Listener>>,
     reports: &Receiver<WorkerReport>,
 ) -> io::Result<Vec<JoinHandle<()>>> {
-    let listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
-    let start_thread = |worker: Worker| {
-        let (server, listeners) = (server.clone(), listeners.clone());
-        worker.spawn(move || accept::start(&server, &listeners))
+    let threads = workers.into_iter().map(Worker::spawn).collect::<io::Result<Vec<_>>>()?;
+    let wait = || {
+        threads.iter().try_for_each(|_| match reports.recv_blocking() {
+            Ok(WorkerReport::Failed(error)) => Err(error),
+            _ => Ok(()),
+        })
     };
-    let threads = workers.into_iter().map(start_thread).collect::<io::Result<Vec<_>>>()?;
-    for _ in &threads {
-        if let Ok(WorkerReport::Failed(error)) = reports.recv_blocking() {
-            return Err(error);
-        }
-    }
+    wait()?;
+    restart::take_over()?;
+    let this = server.clone();
+    server.workers.start_on_all(move || accept::start(&this, &listeners));
+    wait()?;
     Ok(threads)
 }
 
@@ -268,17 +302,30 @@ async fn run_until_shutdown(
     drain: Duration,
     reports: Receiver<WorkerReport>,
     reload: impl AsyncFn(),
+    restart: impl AsyncFn() -> Option<()>,
     stop_accepting: impl FnOnce(),
 ) -> Result<(), ServerError> {
+    let (requests, restarts) = channel::bounded(1);
+    let is_restarting = Cell::new(false);
+    let request_restart = || match is_restarting.replace(true) {
+        true => log::warn!("restart: refused, because a restart is in progress"),
+        false => drop(requests.try_send(())),
+    };
     let end_signal = async {
-        wait_end_signal(&mut signals, async || {
+        let hang_up = async || {
             let is_end = terminal.is_gone();
             if !is_end {
                 reload().await;
             }
             is_end
-        })
-        .await
+        };
+        wait_end_signal(&mut signals, hang_up, request_restart).await
+    };
+    let replaced = async {
+        while restarts.recv().await.is_ok() && restart().await.is_none() {
+            is_restarting.set(false);
+        }
+        Ok(())
     };
     // A report that all have ended precedes the error of the only worker.
     let worker_error = async {
@@ -289,7 +336,7 @@ async fn run_until_shutdown(
         }
         std::future::pending().await
     };
-    end_signal.or(worker_error).await?;
+    end_signal.or(worker_error).or(replaced).await?;
     stop_accepting();
     log::info!("shutting down: draining sessions for up to {drain:?}");
     let drained = async {
@@ -303,11 +350,12 @@ async fn run_until_shutdown(
     };
     let second_signal = async {
         // When a terminal is closed, the shell and the kernel may both send SIGHUP.
+        let refuse = || log::warn!("restart: refused, because this process is ending");
         let reopen = async || {
             log_queue::reopen_access_log();
             false
         };
-        wait_end_signal(&mut signals, reopen).await?;
+        wait_end_signal(&mut signals, reopen, refuse).await?;
         log::info!("shutting down: second signal, closing the remaining sessions");
         Ok(())
     };
@@ -316,13 +364,18 @@ async fn run_until_shutdown(
 
 /// Returns at SIGTERM or SIGINT, or at a SIGHUP for which `hang_up` returns true. Logs the counters at SIGUSR1, even
 /// with `--quiet`: the line was asked for.
-async fn wait_end_signal(signals: &mut Signals, hang_up: impl AsyncFn() -> bool) -> Result<(), ServerError> {
+async fn wait_end_signal(
+    signals: &mut Signals,
+    hang_up: impl AsyncFn() -> bool,
+    restart: impl Fn(),
+) -> Result<(), ServerError> {
     while let Some(signal) = signals.next().await {
         match signal.map_err(ServerError::io("wait for a signal"))? {
             Signal::Usr1 => {
                 let level = if log::log_enabled!(Level::Info) { Level::Info } else { Level::Warn };
                 log::log!(target: LOGFMT_TARGET, level, "msg=counters {CounterFields}");
             }
+            Signal::Usr2 => restart(),
             Signal::Hup if !hang_up().await => {}
             _ => return Ok(()),
         }

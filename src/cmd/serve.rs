@@ -315,7 +315,8 @@ impl ServeArgs {
         Logger::new(level, self.log_format, self.access_log.is_some())
     }
 
-    pub(super) fn run(mut self) -> CliResult {
+    /// `command_line` starts a process with these arguments.
+    pub(super) fn run(mut self, command_line: Vec<String>) -> CliResult {
         match (&self.users, &self.add_user, &self.remove_user) {
             (_, Some(_), Some(_)) => return Err(CliError::usage("--add-user and --remove-user cannot be combined")),
             (Some(file), Some(name), _) => return report(self.quiet, users::add_user(file, name)?),
@@ -329,11 +330,7 @@ impl ServeArgs {
         let has_users = self.users.is_some() || user_entry.is_some();
         let methods = accepted_methods(self.auth.as_deref(), has_users, has_gssapi)?;
         let sources = self.policy_sources(methods, user_entry)?;
-        let mut inherited = InheritedSocket::from_systemd().map_err(CliError::usage)?;
-        if !self.listen.is_empty() && !inherited.is_empty() {
-            log::warn!("the sockets of LISTEN_FDS are not used, because --listen is given");
-            inherited.clear();
-        }
+        let inherited = InheritedSocket::take_all(!self.listen.is_empty()).map_err(CliError::usage)?;
         let (policy, proxies) = sources.load()?;
         if !self.no_sandbox {
             server::close_inherited_descriptors();
@@ -341,7 +338,7 @@ impl ServeArgs {
         let hops = sources.hops.names().into_iter().zip(proxies).map(|(name, proxies)| Hop::new(name, proxies).into());
         let (request, show_rules, is_check, is_quiet) = (self.explain.take(), self.show_rules, self.check, self.quiet);
         let mut options = self.options(&policy, hops.collect(), sources.files().map(Into::into).collect())?;
-        options.inherited = inherited;
+        (options.inherited, options.command_line) = (inherited, command_line);
         if show_rules {
             return explain::show(&policy, &options);
         }
@@ -408,6 +405,7 @@ impl ServeArgs {
         let default_listen = ListenAddr::Loopback(DEFAULT_PORT);
         Ok(Options {
             inherited: Vec::new(),
+            command_line: Vec::new(),
             listen: if self.listen.is_empty() { vec![default_listen] } else { self.listen },
             metrics: self.metrics,
             allow_remote_metrics: self.allow_remote_metrics,

@@ -29,7 +29,10 @@ pub(super) fn start(server: &Arc<Server>, listeners: &[Arc<Listener>]) -> io::Re
         worker::spawn_boxed(async move {
             let workers = &accept_loop.server.workers;
             let accepting = accept_loop.run().or(workers.wait_stop_accepting());
-            if AssertUnwindSafe(accepting).catch_unwind().await.is_err() {
+            let ended = AssertUnwindSafe(accepting).catch_unwind().await;
+            // Other processes can have the socket. Their event loops must be woken for new connections, not this one.
+            accept_loop.listener.deregister();
+            if ended.is_err() {
                 workers.report(WorkerReport::Failed(panic_error()));
             }
         });

@@ -2,6 +2,7 @@
 //! number of connections are limited.
 
 use std::cell::Cell;
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use async_net::TcpStream;
 use futures_lite::future::poll_once;
 use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
+use smol::channel::Receiver;
 use smol::{Async, LocalExecutor, Timer};
 
 use super::limiter::warn;
@@ -42,8 +44,13 @@ pub(super) type StartedServer = Arc<OnceLock<Weak<Server>>>;
 /// Status and body.
 type Response = (&'static str, String);
 
-/// Starts the thread if there are listeners. It serves until the process ends.
-pub(super) fn start(listeners: &[Listener], server: StartedServer) -> io::Result<()> {
+/// Starts the thread if there are listeners. It serves until the process ends, or another one replaces it: then
+/// `replaced` is closed.
+pub(super) fn start(
+    listeners: &[Arc<Listener>],
+    server: StartedServer,
+    replaced: Receiver<Infallible>,
+) -> io::Result<()> {
     let clones = listeners.iter().map(|listener| Async::new(listener.as_fd().try_clone_to_owned()?));
     let clones = clones.collect::<io::Result<Vec<_>>>()?;
     if clones.is_empty() {
@@ -55,7 +62,7 @@ pub(super) fn start(listeners: &[Listener], server: StartedServer) -> io::Result
         let (executor, measuring) = (LocalExecutor::new(), Cell::default());
         let service = Rc::new(Service { executor, connections, server, measuring });
         for listener in clones {
-            service.executor.spawn(service.clone().accept(listener)).detach();
+            service.executor.spawn(service.clone().accept(listener, replaced.clone())).detach();
         }
         smol::block_on(service.executor.run(service.measure_lag()));
     })?;
@@ -83,10 +90,18 @@ impl Service {
         }
     }
 
-    async fn accept(self: Rc<Self>, listener: Async<OwnedFd>) {
-        loop {
+    async fn accept(self: Rc<Self>, listener: Async<OwnedFd>, replaced: Receiver<Infallible>) {
+        let is_replaced = || async {
+            let _ = replaced.recv().await;
+            Err(io::ErrorKind::Other.into())
+        };
+        while !replaced.is_closed() {
             // A Unix socket needs no type of its own: it is read, written and shut down by the same calls.
-            let accepted = listener.read_with(accept).await.and_then(|(fd, ip)| Ok((TcpStream::try_from(fd)?, ip)));
+            let accepted = listener
+                .read_with(accept)
+                .or(is_replaced())
+                .await
+                .and_then(|(fd, ip)| Ok((TcpStream::try_from(fd)?, ip)));
             let Ok((mut stream, client)) = accepted else {
                 Timer::after(ACCEPT_RETRY_DELAY).await;
                 continue;

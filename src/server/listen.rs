@@ -8,6 +8,7 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -86,7 +87,7 @@ impl fmt::Display for ListenAddr {
 }
 
 impl ListenAddr {
-    /// Like [`Self::resolve`]. A name that can't be resolved has none.
+    /// Returns the TCP addresses. A name that can't be resolved has none.
     pub fn addrs(&self) -> Vec<SocketAddr> {
         self.resolve().unwrap_or_default()
     }
@@ -208,12 +209,17 @@ pub(super) struct Listener {
     socket: OwnedFd,
 }
 
+/// Set when a new process has taken over the sockets, and with them their files.
+pub(super) static KEEP_SOCKET_FILES: AtomicBool = AtomicBool::new(false);
+
 /// Removes the socket file on drop.
 struct SocketPathGuard(PathBuf);
 
 impl Drop for SocketPathGuard {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        if !KEEP_SOCKET_FILES.load(Ordering::Relaxed) {
+            let _ = std::fs::remove_file(&self.0);
+        }
     }
 }
 
@@ -229,7 +235,7 @@ impl Listener {
     }
 
     /// Uses a socket that another process has opened.
-    pub(super) fn inherit(InheritedSocket { socket, name }: InheritedSocket) -> io::Result<Self> {
+    pub(super) fn inherit(InheritedSocket { socket, name, owns_file }: InheritedSocket) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let local = socket.local_addr()?;
         let addr = local.as_socket().map(to_canonical_addr);
@@ -246,7 +252,8 @@ impl Listener {
         if addr.is_some() {
             set_tcp_options(&socket);
         }
-        Ok(Self { text, _path: None, addr, accepts_ipv4_too, socket: socket.into() })
+        let _path = local.as_pathname().filter(|_| owns_file).map(|path| SocketPathGuard(path.into()));
+        Ok(Self { text, _path, addr, accepts_ipv4_too, socket: socket.into() })
     }
 
     /// Returns the TCP addresses that the socket accepts connections to.

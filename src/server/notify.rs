@@ -19,7 +19,7 @@ use futures_lite::FutureExt as _;
 use rustix::time::{ClockId, clock_gettime};
 use smol::Timer;
 
-use super::inherited::number;
+use super::inherited::{is_successor, number};
 use super::session_counts;
 use super::state::Server;
 
@@ -37,6 +37,7 @@ pub(super) struct Notifier {
     /// Time between two reports to the watchdog, if it is enabled.
     watchdog: Option<Duration>,
     is_draining: Cell<bool>,
+    is_replaced: Cell<bool>,
     last_status: RefCell<String>,
 }
 
@@ -53,13 +54,15 @@ impl Notifier {
             watchdog,
             has_failed: Cell::default(),
             is_draining: Cell::default(),
+            is_replaced: Cell::default(),
             last_status: RefCell::default(),
         }
     }
 
     /// Reports that the server accepts connections and has loaded its files.
     pub(super) fn ready(&self) {
-        self.send_with_status("READY=1\n");
+        let main_pid = if is_successor() { format!("MAINPID={}\n", std::process::id()) } else { String::new() };
+        self.send_with_status(&format!("{main_pid}READY=1\n"));
     }
 
     /// Reports that a reload begins.
@@ -73,6 +76,17 @@ impl Notifier {
         self.is_draining.set(true);
         let limit = drain.saturating_add(EXIT_TIME).as_micros();
         self.send_with_status(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={limit}\n"));
+    }
+
+    /// Reports that another process has taken over. That one makes all further reports.
+    pub(super) fn replaced_by(&self, pid: u32) {
+        self.send(&format!("MAINPID={pid}"));
+        self.is_replaced.set(true);
+    }
+
+    /// Returns true if the service manager has enabled the watchdog.
+    pub(super) fn has_watchdog(&self) -> bool {
+        self.watchdog.is_some()
     }
 
     /// Reports the number of sessions and feeds the watchdog.
@@ -118,7 +132,8 @@ impl Notifier {
     }
 
     fn send(&self, report: &str) {
-        if let Some(Err(error)) = self.socket.as_ref().map(|socket| socket.send(report.as_bytes()))
+        if let Some(Err(error)) =
+            self.socket.as_ref().filter(|_| !self.is_replaced.get()).map(|socket| socket.send(report.as_bytes()))
             && !self.has_failed.replace(true)
         {
             warn(error);

@@ -28,6 +28,8 @@ pub struct Options {
     pub metrics: Option<ListenAddr>,
     /// Set to let other hosts read the metrics.
     pub allow_remote_metrics: bool,
+    /// Command line of this process, for one that replaces it.
+    pub command_line: Vec<String>,
     /// Time from accept to the end of the request.
     pub handshake_timeout: Duration,
     /// Time to resolve a name and to try all of its addresses.

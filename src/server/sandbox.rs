@@ -116,7 +116,6 @@ pub(super) fn enter(options: &Options, kept: CapabilitySet, has_passwords: bool)
             Ok(version) => add(format!("Landlock ABI {version}"), Ok(())),
             Err(error) => add("Landlock".into(), Err(error)),
         }
-        // A server that replaces its binary at a signal will need execve(2) for that file, here and in Landlock.
         let restricted = syscalls::restrict(options.uses_kerberos_tickets());
         add("seccomp".into(), restricted.map(|pipe| refusals = Some(pipe)));
     } else {

@@ -5,6 +5,7 @@ use std::mem::take;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use super::inherited::{InheritedSocket, is_successor};
 use super::listen::{ListenAddr, Listener};
 use super::local_addr::is_local;
 use super::options::Options;
@@ -77,10 +78,7 @@ pub(super) fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, Ser
 }
 
 /// Binds the addresses of an option.
-pub(super) fn bind_all<'a>(
-    addrs: impl IntoIterator<Item = &'a ListenAddr>,
-    option: &str,
-) -> Result<Vec<Listener>, ServerError> {
+fn bind_all<'a>(addrs: impl IntoIterator<Item = &'a ListenAddr>, option: &str) -> Result<Vec<Listener>, ServerError> {
     let mut listeners = Vec::new();
     for listen in addrs {
         listeners.extend(listen.bind().map_err(|(addr, error)| {
@@ -89,6 +87,15 @@ pub(super) fn bind_all<'a>(
         })?);
     }
     Ok(listeners)
+}
+
+/// Opens the sockets for metrics.
+pub(super) fn open_metrics(options: &Options) -> Result<Vec<Listener>, ServerError> {
+    if !is_successor() {
+        return bind_all(&options.metrics, "--metrics");
+    }
+    let sockets = InheritedSocket::from_predecessor(true).map_err(ServerError::Config)?;
+    sockets.into_iter().map(|socket| Listener::inherit(socket).map_err(ServerError::io("use a socket"))).collect()
 }
 
 /// Returns the wildcard addresses of IPv6 whose port does not accept IPv4: other programs accept both there.

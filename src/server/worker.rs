@@ -51,8 +51,8 @@ pub(super) fn is_ending() -> bool {
 
 /// A report to the main thread.
 pub(super) enum WorkerReport {
-    /// A worker accepts connections.
-    Accepting,
+    /// A worker runs, or accepts connections.
+    Started,
     /// A worker or an accept loop has ended because of an error or a panic.
     Failed(io::Error),
     /// All accept loops and sessions have ended.
@@ -158,6 +158,16 @@ impl WorkerPool {
         let _ = self.reports.try_send(report);
     }
 
+    /// Runs `start` on each worker, which reports its result.
+    pub(super) fn start_on_all(&self, start: impl Fn() -> io::Result<()> + Clone + Send + 'static) {
+        for worker in &self.workers {
+            let (start, reports) = (start.clone(), self.reports.clone());
+            worker.send(move || {
+                let _ = reports.try_send(start().map_or_else(WorkerReport::Failed, |()| WorkerReport::Started));
+            });
+        }
+    }
+
     /// Begins the shutdown: no more connections are accepted.
     pub(super) fn stop_accepting(&self) {
         self.accepting.close();
@@ -194,27 +204,25 @@ impl WorkerHandle {
 }
 
 impl Worker {
-    /// Starts the thread, which first calls `start`, and runs until its inbox closes. Its errors and panics are
-    /// reported.
-    pub(super) fn spawn(self, start: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<JoinHandle<()>> {
+    /// Starts the thread, which runs until its inbox closes. Its errors and panics are reported.
+    pub(super) fn spawn(self) -> io::Result<JoinHandle<()>> {
         let reports = self.reports.clone();
         std::thread::Builder::new().name("s5-worker".into()).spawn(move || {
-            let result = catch_unwind(AssertUnwindSafe(|| self.run(start)));
+            let result = catch_unwind(AssertUnwindSafe(|| self.run()));
             if let Err(error) = result.unwrap_or_else(|_| Err(panic_error())) {
                 let _ = reports.try_send(WorkerReport::Failed(error));
             }
         })
     }
 
-    fn run(self, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fn run(self) -> io::Result<()> {
         reactor::run(async {
             // Dropped at the end, which closes the remaining sessions.
             let executor = Rc::new(LocalExecutor::new());
             THIS.set((self.index, Rc::downgrade(&executor)));
             counters::set_worker(self.index);
             reactor::publish_socket_count(self.socket_count);
-            start()?;
-            let _ = self.reports.try_send(WorkerReport::Accepting);
+            let _ = self.reports.try_send(WorkerReport::Started);
             let jobs = executor.spawn(async move {
                 while let Ok(job) = self.inbox.recv().await {
                     job();

@@ -13,6 +13,7 @@ mod lookups;
 mod password_guessing;
 mod ports;
 mod rate_limit;
+mod restart;
 mod session_limits;
 mod slow_handshakes;
 #[path = "../support/mod.rs"]

@@ -11,6 +11,7 @@ mod log_lines;
 mod notify;
 mod passwords;
 mod proxy_protocol;
+mod restart;
 mod sandbox;
 mod session_log;
 mod shutdown;

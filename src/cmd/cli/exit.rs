@@ -15,6 +15,7 @@ use crate::net::DialError;
 use crate::proto::Rep;
 use crate::server::ServerError;
 pub use crate::server::eprint_line;
+use crate::server::report_failed_start;
 
 /// An exit status. The numbers are stable. Errors that curl(1) also reports have curl's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -118,6 +119,7 @@ impl CliError {
     /// Prints the message and returns the exit status.
     pub fn print(self) -> ExitCode {
         if !self.message.is_empty() {
+            report_failed_start(&self.to_string());
             eprint_line(&error_line(&self.to_string()));
         }
         ExitCode::from(self.status.code())

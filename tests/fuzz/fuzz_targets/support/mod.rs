@@ -50,7 +50,7 @@ pub fn server() -> &'static (PathBuf, SocketAddr) {
         );
         let args: Vec<String> = args.split_whitespace().map(str::to_owned).collect();
         let Ok(Action::Run(mode)) = cmd::parse(&args) else { panic!("valid arguments") };
-        thread::spawn(move || panic!("the server has ended: {:?}", mode.run()));
+        thread::spawn(move || panic!("the server has ended: {:?}", mode.run(Vec::new())));
         let deadline = Instant::now() + Duration::from_secs(10);
         while UnixStream::connect(&path).is_err() {
             assert!(Instant::now() < deadline, "the server does not listen");

@@ -1,0 +1,220 @@
+//! SIGUSR2: a new process takes over the listening sockets.
+
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{self as unix, UnixDatagram};
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+
+use crate::*;
+
+/// A process that is not a child of the test; killed when dropped.
+struct Successor(Pid);
+
+impl Successor {
+    /// Sends SIGUSR2 to the server, and waits until the new process accepts connections.
+    fn of(server: &Server) -> Self {
+        server.signal("USR2");
+        Self::after_signal(server)
+    }
+
+    fn after_signal(server: &Server) -> Self {
+        let accepts = " accepts connections from now on\n";
+        let log = server.wait_log(|log| log.contains(accepts));
+        let pid = log.split_once(accepts).and_then(|(before, _)| before.rsplit(' ').next()?.parse().ok());
+        Self(pid.and_then(Pid::from_raw).unwrap_or_else(|| panic!("no new process: {log}")))
+    }
+
+    fn is_running(&self) -> bool {
+        test_kill_process(self.0).is_ok()
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
+    }
+}
+
+/// Waits until the old process has ended. It stays a zombie, because the new process has its stderr open.
+fn wait_end(server: &Server) {
+    let stat = format!("/proc/{}/stat", server.pid());
+    let is_zombie = || fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z "));
+    wait_until("the old process ends", TIMEOUT, is_zombie);
+}
+
+/// Waits until a restart has failed. Returns the line of the log.
+fn failure(server: &Server) -> String {
+    let log = server.wait_log(|log| log.contains("; this process goes on\n"));
+    let line = log.lines().rfind(|line| line.contains("; this process goes on"));
+    line.and_then(|line| line.split_once("] restart: ")).expect("a line of the restart").1.to_owned()
+}
+
+/// Opens a tunnel over a stream, sends some bytes through it, and closes it. Returns an error of any step.
+fn use_once(mut stream: impl io::Read + io::Write, target: SocketAddr) -> io::Result<()> {
+    stream.write_all(&[5, 1, 0])?;
+    stream.read_exact(&mut [0; 2])?;
+    stream.write_all(&request(CONNECT, target))?;
+    stream.write_all(b"hello")?;
+    let mut answer = [0; 15];
+    stream.read_exact(&mut answer)?;
+    if answer.ends_with(b"hello") { Ok(()) } else { Err(io::Error::other(format!("{answer:?}"))) }
+}
+
+#[test]
+fn restart_under_load_loses_no_connection_and_no_tunnel() {
+    let (dir, target) = (temp_dir(), echo_server());
+    let path = dir.path().join("s5.sock");
+    let unix = format!("unix:{}", path.display());
+    let mut command = s5();
+    command.args(["serve", "--listen", "127.0.0.1:0", "--listen", "[::1]:0", "--listen", &unix]);
+    command.args(["--drain-timeout", "60", "--threads", "2", "--metrics", "127.0.0.1:0"]);
+    let mut server = Server::start_with(&mut command, 3);
+    let mut tunnel = connect_to(&server, target);
+    let addrs = server.addrs.clone();
+    let (is_over, count, errors) = (AtomicBool::new(false), AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let client = |connect: &dyn Fn() -> io::Result<()>| {
+        let mut next = Instant::now();
+        while !is_over.load(Ordering::Relaxed) {
+            match connect() {
+                Ok(()) => drop(count.fetch_add(1, Ordering::Relaxed)),
+                Err(error) => errors.lock().expect("not poisoned").push(error.to_string()),
+            }
+            next += Duration::from_millis(20);
+            thread::sleep(next.saturating_duration_since(Instant::now()));
+        }
+    };
+    let client = &client;
+    // 5 clients of each kind with 50 connections a second are about 750 connections a second.
+    let successor = thread::scope(|scope| {
+        for _ in 0..5 {
+            for addr in &addrs {
+                scope.spawn(move || client(&|| use_once(TcpStream::connect(addr)?, target)));
+            }
+            scope.spawn(|| client(&|| use_once(UnixStream::connect(&path)?, target)));
+        }
+        let after = |n| wait_until("the clients connect", TIMEOUT, || count.load(Ordering::Relaxed) >= n);
+        after(100);
+        let successor = Successor::of(&server);
+        after(count.load(Ordering::Relaxed) + 300);
+        is_over.store(true, Ordering::Relaxed);
+        successor
+    });
+    assert_eq!(errors.into_inner().expect("not poisoned"), [""; 0], "{}", server.log());
+    // Health checks reach the new process, while the old one drains.
+    let log = server.wait_log(|log| log.matches("metrics on ").count() == 2);
+    let metrics = log.split("metrics on ").nth(1).and_then(|rest| rest.lines().next()).expect("the address");
+    for _ in 0..10 {
+        let mut stream = TcpStream::connect(metrics).expect("the new process accepts");
+        stream.write_all(b"GET /readyz HTTP/1.1\r\n\r\n").expect("request sent");
+        let mut response = String::new();
+        stream.read_to_string(&mut response).expect("response received");
+        assert!(response.starts_with("HTTP/1.1 200 OK\r\n"), "{response}");
+    }
+    // The tunnel ends with its client, and with it the old process.
+    ping(&mut tunnel, b"after the restart");
+    drop(tunnel);
+    wait_end(&server);
+    assert!(successor.is_running() && path.exists());
+    use_once(UnixStream::connect(&path).expect("the new process accepts"), target).expect("the new process serves");
+    // The new process can be replaced too, and at its end it removes the file.
+    kill_process(successor.0, Signal::TERM).expect("the new process runs");
+    assert!(server.wait(TIMEOUT).success(), "status of the old process");
+    assert!(!path.exists());
+}
+
+#[test]
+fn restart_runs_the_program_that_is_now_at_the_path_and_keeps_options_and_user() {
+    let dir = temp_dir();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("permissions set");
+    let (link, upgraded) = (dir.path().join("s5"), dir.path().join("upgraded"));
+    symlink(s5().get_program(), &link).expect("link created");
+    let real = s5().get_program().display().to_string();
+    write_file(dir.path(), "upgraded", &format!("#!/bin/sh\necho upgraded >&2\nexec {real} \"$@\"\n"));
+    fs::set_permissions(&upgraded, fs::Permissions::from_mode(0o755)).expect("permissions set");
+    let run_as = if rustix::process::geteuid().is_root() { &["--run-as", "nobody"][..] } else { &[] };
+    let target = echo_server();
+    let name = dir.path().join("notify").display().to_string();
+    let addr = unix::SocketAddr::from_abstract_name(&name).expect("a name");
+    let manager = UnixDatagram::bind_addr(&addr).expect("bound");
+    manager.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    let mut command = Command::new("s5");
+    let path = std::env::var("PATH").expect("PATH is set");
+    command.env("PATH", format!("{}:{path}", dir.path().display())).env("NOTIFY_SOCKET", format!("@{name}"));
+    command.args(["serve", "--listen", "127.0.0.1:0", "--deny", "port=1", "-v"]).args(run_as);
+    let mut server = Server::start_with(&mut command, 1);
+    fs::remove_file(&link).and_then(|()| fs::rename(&upgraded, &link)).expect("replaced");
+    let successor = Successor::of(&server);
+    assert!(server.log().contains("upgraded\n"), "{}", server.log());
+    wait_end(&server);
+    use_once(server.connect(), target).expect("served");
+    assert_eq!(open(&server, CONNECT, SocketAddr::new(V4, 1)).1, 2, "the rule is in force");
+    let uid = fs::read_to_string(format!("/proc/{}/status", successor.0.as_raw_nonzero())).expect("it runs");
+    assert!(run_as.is_empty() || uid.contains("\nUid:\t65534\t65534\t65534\t65534\n"), "{uid}");
+    let mut reports = String::new();
+    while !reports.contains("READY=1\nSTATUS") || reports.matches("READY=1").count() < 2 {
+        let mut buffer = [0; 4096];
+        let n = retry(|| manager.recv(&mut buffer)).expect("a report");
+        reports += &format!("{}\n", String::from_utf8_lossy(&buffer[..n]));
+    }
+    let pid = successor.0.as_raw_nonzero();
+    assert!(reports.ends_with("READY=1\nSTATUS=serving: 0 sessions open, 0 since the start\n"), "{reports}");
+    assert_eq!(reports.matches(&format!("MAINPID={pid}\n")).count(), 2, "{reports}");
+    assert!(!reports.contains("STOPPING"), "{reports}");
+    drop(successor);
+    assert!(server.wait(TIMEOUT).success());
+}
+
+#[test]
+fn server_continues_if_the_new_process_fails_and_logs_what_it_said() {
+    let dir = temp_dir();
+    let rules = write_file(dir.path(), "rules", "allow\n");
+    let program = dir.path().join("s5");
+    fs::copy(s5().get_program(), &program).expect("copied");
+    let mut command = Command::new(&program);
+    command.args(["serve", "--listen", "127.0.0.1:0", "--rules", &rules]);
+    let server = Server::start_with(&mut command, 1);
+    let fails = |expected: &str| {
+        let failures = |log: &str| log.matches("; this process goes on\n").count();
+        let before = failures(&server.log());
+        server.signal("USR2");
+        server.wait_log(|log| failures(log) > before);
+        let line = failure(&server);
+        assert!(line.starts_with(&format!("{}: ", program.display())) && line.contains(expected), "{line}");
+        use_once(server.connect(), echo_server()).expect("still served");
+    };
+    fs::write(&rules, "alow\n").expect("written");
+    fails(&format!(": {rules}: line 1: expected \"allow\" or \"deny\""));
+    assert!(failure(&server).contains(" (exit status: 2); this process goes on"));
+    fs::remove_file(&program).expect("removed");
+    fails(": no such file or directory; ");
+    write_file(dir.path(), "s5", "#!/bin/sh\nkill -SEGV $$\n");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("permissions set");
+    fails(": signal: 11 (SIGSEGV)");
+    write_file(dir.path(), "s5", "#!/bin/sh\nexit 0\n");
+    fails(": exit status: 0; ");
+    // A restart that succeeds after all.
+    fs::remove_file(&program).and_then(|()| fs::copy(s5().get_program(), &program)).expect("copied");
+    fs::write(&rules, "allow\n").expect("written");
+    server.signal("USR2");
+    drop(Successor::after_signal(&server));
+}
+
+#[test]
+fn second_restart_is_refused_while_one_is_in_progress_and_sigterm_ends_it() {
+    let dir = temp_dir();
+    let program = dir.path().join("s5");
+    symlink(s5().get_program(), &program).expect("link created");
+    let mut server = Server::start_with(Command::new(&program).args(["serve", "--listen", "127.0.0.1:0"]), 1);
+    fs::remove_file(&program).expect("removed");
+    write_file(dir.path(), "s5", "#!/bin/sh\necho started $$ >&2\nexec sleep 60\n");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("permissions set");
+    server.signal("USR2");
+    let log = server.wait_log(|log| log.contains("started "));
+    let pid = log.split_once("started ").and_then(|(_, rest)| rest.lines().next()?.parse().ok());
+    let pid = pid.and_then(Pid::from_raw).expect("a process id");
+    server.signal("USR2");
+    server.wait_log(|log| log.contains("restart: refused, because a restart is in progress"));
+    server.signal("TERM");
+    assert!(server.wait(TIMEOUT).success());
+    wait_until("the new process is killed", TIMEOUT, || test_kill_process(pid).is_err());
+}
