@@ -26,6 +26,12 @@ fn help_and_version_are_printed_on_stdout_with_status_0() {
         assert!(words.iter().all(|word| stdout.contains(word)), "{args}: {words:?} are not all in {stdout}");
     }
     assert_eq!(outcome("--version", b""), crate::success(&format!("s5 {}\n", env!("CARGO_PKG_VERSION"))));
+    let lacks = "GSSAPI: yes, if the library is installed\nnsswitch: yes\n";
+    let target = format!("target: {}-linux-gnu, dynamic\n", std::env::consts::ARCH);
+    let verbose = format!("s5 {}\n{target}{lacks}", env!("CARGO_PKG_VERSION"));
+    for line in ["--version -v", "-v --version"] {
+        assert_eq!(outcome(line, b""), crate::success(&verbose), "{line}");
+    }
 }
 
 /// Runs a shell script in which `$0` is the path of s5.
