@@ -121,7 +121,7 @@ pub fn is_reachable(request: &AccessRequest<'_>, rule: &Rule, route: Route) -> b
 }
 
 /// Returns whether `ip` is outside multicast, broadcast and class E (240.0.0.0/4), and so can belong to a single host.
-fn is_unicast(ip: IpAddr) -> bool {
+pub fn is_unicast(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip < Ipv4Addr::new(224, 0, 0, 0),
         IpAddr::V6(ip) => !ip.is_multicast(),

@@ -105,6 +105,11 @@ impl Association {
         self.hops.last().map(|hop| &hop.relay)
     }
 
+    /// Returns the address of this machine that the first proxy sees, unless that has a Unix socket.
+    pub(crate) fn local_addr(&self) -> Option<SocketAddr> {
+        self.hops.first()?.control.local_addr()
+    }
+
     /// Returns the relay that the socket sends to, if it has another address than its proxy.
     pub fn relay_elsewhere(&self) -> Option<&Addr> {
         let first = self.hops.first()?;

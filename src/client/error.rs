@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::Client;
 use crate::gssapi;
 use crate::net::DialError;
-use crate::proto::{Addr, Rep};
+use crate::proto::{Addr, Command, Rep};
 
 /// Phase of the client handshake. `Accept` waits for the second reply to BIND.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,20 +98,22 @@ pub struct ClientError {
 }
 
 impl Client {
-    /// Returns true if the last proxy has been reached and logged in to: it waits for the target.
-    pub fn has_opened(&self) -> bool {
+    /// Returns true if the client of a server causes a delay now: the last proxy connects to its target, or a proxy
+    /// checks its login, and may delay a refusal.
+    pub fn waits_for_client(&self, command: Command) -> bool {
         let (hop, phase, _) = self.position.get();
-        hop + 1 == self.hops.len() && matches!(phase, Phase::Request | Phase::Accept)
+        match phase {
+            Phase::Login => self.hops.get(hop).is_some_and(|proxy| proxy.forwards_login),
+            Phase::Request => command == Command::Connect && hop + 1 == self.hops.len(),
+            _ => false,
+        }
     }
 
-    /// Returns true if `error`, of this client, is a failure of the proxies and not of the target.
-    pub fn is_at_fault(&self, error: &ClientError) -> bool {
+    /// Returns true if `error`, of this client, is a failure of the proxies, and not of the target or the login.
+    pub fn is_at_fault(&self, error: &ClientError, command: Command) -> bool {
         match error.kind {
             ClientErrorKind::Rep(rep) => rep == Rep::GENERAL_FAILURE,
-            ClientErrorKind::NoPeer(_) => false,
-            // The login is that of the client of a server.
-            ClientErrorKind::LoginRefused => !self.hops.iter().any(|hop| hop.forwards_login),
-            ClientErrorKind::TimedOut(_) => !self.has_opened(),
+            ClientErrorKind::LoginRefused | ClientErrorKind::TimedOut(_) => !self.waits_for_client(command),
             _ => true,
         }
     }

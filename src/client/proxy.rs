@@ -90,14 +90,14 @@ impl FromStr for Proxy {
         };
         let address = address.trim_end_matches('/');
         let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
+            _ if address.contains('?') => {
+                return Err(format!("the URL of a proxy has no parameters but {CLIENT_LOGIN}"));
+            }
             (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
             (Some(path), _) => Endpoint::Unix(path.into()),
             (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
             _ if address.contains('/') => {
                 return Err("the URL of a proxy has no path (write unix:/PATH for a Unix socket)".into());
-            }
-            _ if address.contains('?') => {
-                return Err(format!("the URL of a proxy has no parameters but {CLIENT_LOGIN}"));
             }
             _ => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
         };
@@ -123,7 +123,7 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     let hops = text.split(',').map(parse).collect::<Result<Vec<Proxy>, String>>().map_err(|error| {
         // Quoted text may be a password, or a part of one.
         let hint = "expected [socks5h://][user:password@]host[:port] or unix:/path; in user and password, write \
-                    %2C %2F %3A %40 %25 for , / : @ %";
+                    %2C %2F %3A %40 %7C %25 for , / : @ | %";
         if error.contains('"') { hint.into() } else { error }
     })?;
     match hops.iter().skip(1).find(|hop| hop.is_unix()) {

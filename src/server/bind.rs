@@ -61,7 +61,7 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr, rou
     let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected, route).await) }).await;
     drop((listener, share));
     let (peer, addr) = accepted?;
-    session.log_outbound(route, &peer);
+    session.log_route(route, None, peer.local_addr());
     session.log.set_addr(addr);
     session.log.log_connect();
     session.reply_success(client, addr.into(), || Some(addr)).await?;
@@ -75,12 +75,12 @@ async fn bind_via_hop(
     access: &HopAccess,
     route: Route,
 ) -> SessionResult<Conn> {
-    session.log.add_via(&access.hop, None);
+    session.log_route(route, None, None);
     let deadline = Instant::now() + session.server().options.connect_timeout;
-    let requested = access.open(dst, deadline, async |proxy: &Client| proxy.request(Command::Bind).await);
+    let request = async |proxy: &Client| proxy.request(Command::Bind).await;
+    let requested = access.open(Command::Bind, dst, deadline, request);
     let ((mut conn, bnd), proxy) = session.cancellable(client, requested).await?;
-    session.log.add_via(&access.hop, Some(&proxy));
-    session.log_outbound(route, &conn);
+    session.log_route(route, Some(&proxy), conn.local_addr());
     session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn, false).await.map_err(SessionError::from_upstream) };
     let peer = session.wait_for_peer(client, accepted).await?;

@@ -21,7 +21,7 @@ pub(super) async fn serve(
     let deadline = Instant::now() + session.server().options.connect_timeout;
     let (route, addrs) = session.cancellable(client, session.resolve_route(dst, route, deadline)).await?;
     let hop = session.hop_access(route)?;
-    hop.iter().for_each(|access| session.log.add_via(&access.hop, None));
+    session.log_route(route, None, None);
     if let [only] = *addrs {
         session.log.set_addr(only);
     }
@@ -38,7 +38,8 @@ pub(super) async fn serve(
                 let targets =
                     if addrs.is_empty() { vec![dst.clone()] } else { addrs.into_iter().map(Addr::from).collect() };
                 let request = async |client: &Client| client.request_first(Command::Connect, targets.clone()).await;
-                let ((target, bnd, dst), client) = Box::pin(access.open(dst, deadline, request)).await?;
+                let ((target, bnd, dst), client) =
+                    Box::pin(access.open(Command::Connect, dst, deadline, request)).await?;
                 let addr = match dst.host {
                     Host::Ip(ip) => Some(SocketAddr::new(ip, dst.port)),
                     Host::Name(_) => None,
@@ -48,8 +49,7 @@ pub(super) async fn serve(
         }
     };
     let (target, bnd, addr, proxy) = session.cancellable(client, connecting).await?;
-    hop.iter().for_each(|access| session.log.add_via(&access.hop, proxy.as_ref()));
-    session.log_outbound(route, &target);
+    session.log_route(route, proxy.as_ref(), target.local_addr());
     if let Some(addr) = addr {
         session.log.set_addr(addr);
     }

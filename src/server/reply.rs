@@ -3,7 +3,7 @@
 use super::log_shares::Topic;
 use super::policy_handle::Denial;
 use super::session_log::MAX_NAME_LEN;
-use crate::client::{ClientError, ClientErrorKind};
+use crate::client::{ClientError, ClientErrorKind, Phase};
 use crate::net::DialError;
 use crate::proto::{Addr, Host, Message, Rep, Reply};
 
@@ -48,7 +48,17 @@ impl SessionError {
             ClientErrorKind::NoPeer(_) => Rep::TTL_EXPIRED,
             _ => Rep::GENERAL_FAILURE,
         };
-        Self::with_rep(rep, error)
+        let reason = match &error {
+            // No address of the first proxy has a family that is allowed.
+            ClientError {
+                proxy: Some(proxy),
+                phase: Phase::ResolveProxy,
+                kind: ClientErrorKind::Unreachable(DialError::FamilyUnavailable),
+                ..
+            } => format!("proxy {proxy}: no source address of its family (add one to --outbound, or to outbound=)"),
+            error => error.to_string(),
+        };
+        Self::with_rep(rep, reason)
     }
 
     pub(super) fn with_message(message: &impl Message, reason: impl ToString) -> Self {

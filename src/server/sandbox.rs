@@ -64,6 +64,10 @@ pub(super) fn outbound_capabilities(options: &Options) -> Result<CapabilitySet, 
     if interface.is_none() && mark.is_none() {
         return Ok(none);
     }
+    // The kernel takes an empty name for none.
+    if interface.as_deref() == Some("") {
+        return Err("--outbound-interface: the name is empty (ip link shows those of this host)".into());
+    }
     let sets = capabilities(None).map_err(|error| error.to_string())?;
     let bind = |effective| {
         let _ = set_capabilities(None, CapabilitySets { effective, ..sets });
@@ -73,8 +77,9 @@ pub(super) fn outbound_capabilities(options: &Options) -> Result<CapabilitySet, 
     let sufficient = [none, raw, admin].into_iter().map(bind).find(|bound| !is_denied(bound));
     let _ = set_capabilities(None, sets);
     let hint = "start s5 as root, or with CAP_NET_RAW; before Linux 5.17, with CAP_NET_ADMIN";
-    let bound = sufficient.ok_or_else(|| format!("--mark: permission denied ({hint})"))?;
-    bound.map_err(|error| error.to_string())
+    let option = if mark.is_some() { "--mark" } else { "--outbound-interface" };
+    let bound = sufficient.ok_or_else(|| format!("{option}: permission denied ({hint})"))?;
+    bound.map_err(|error| format!("{error} (ip link shows those of this host)"))
 }
 
 /// Switches to the user of `--run-as`, and restricts this process unless `--no-sandbox` is set. Returns a function that

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::take;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use super::inherited::{InheritedSocket, is_successor};
@@ -12,7 +12,7 @@ use super::options::Options;
 use super::sandbox;
 use crate::client::{Endpoint, Proxy};
 use crate::net::{bind_outbound, canonical, parse_literal};
-use crate::policy::Policy;
+use crate::policy::{Policy, is_unicast};
 use crate::proto::Host;
 
 /// An error that prevents the start of the server, or ends it.
@@ -117,14 +117,21 @@ pub(super) fn check_open_relay(policy: &Policy, options: &Options) -> Option<Str
     })
 }
 
-/// Returns an error if a source address of the options or rules is not an address of this host.
+/// Returns an error if a source address of the options or rules is not an address of this host. bind(2) of UDP also
+/// accepts groups, broadcast, and IPv4 in the form of IPv6, from which no connection is possible.
 pub(super) fn check_outbound(policy: &Policy, options: &Options) -> Option<String> {
     let ips = options.outbound.ips.into_iter().flatten().filter(|ip| !ip.is_unspecified());
     let of_rules = policy.rules.first_user_rules().flat_map(|rule| rule.outbound().map(move |ip| (Some(rule), ip)));
     ips.map(|ip| (None, ip)).chain(of_rules).find_map(|(rule, ip)| {
-        let error = bind_outbound(SocketAddr::new(ip, 0)).err()?;
+        let is_link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        let problem = match bind_outbound(SocketAddr::new(ip, 0)) {
+            _ if !is_unicast(ip) || ip.to_canonical() != ip || is_link_local => {
+                "not a global, private or loopback address".into()
+            }
+            bound => bound.err()?.to_string(),
+        };
         let name = rule.map_or("--outbound ".into(), |rule| format!("{}: outbound=", rule.origin()));
-        Some(format!("{name}{ip}: {error} (choose an address of this host)"))
+        Some(format!("{name}{ip}: {problem} (choose an address of this host)"))
     })
 }
 

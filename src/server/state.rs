@@ -23,7 +23,7 @@ use super::session_log::SessionLog;
 use super::shared_ports::SharedPorts;
 use super::shares::ShareGuard;
 use super::worker::WorkerPool;
-use crate::client::lookup;
+use crate::client::{Client, lookup};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::counters::{self, Counter};
 use crate::net::{DialError, LocalAddr, RateLimit, RelayOptions, sleep, timeout_at};
@@ -120,12 +120,13 @@ impl Session {
         route.outbound.map_or(self.server().options.outbound, |ips| LocalAddr { ips, port: 0 })
     }
 
-    /// Logs the source address of a connection, unless the system has chosen it.
-    pub(super) fn log_outbound(&mut self, route: Route, target: &Conn) {
-        let is_fixed = self.outbound(route).ips.iter().flatten().any(|ip| !ip.is_unspecified());
-        if let Some(local) = is_fixed.then(|| target.local_addr()).flatten() {
-            self.log.add_outbound(local.ip());
+    /// Logs the chain of a hop that works, and the source address of a connection, unless the system has chosen it.
+    pub(super) fn log_route(&mut self, route: Route, proxy: Option<&Client>, local: Option<SocketAddr>) {
+        if let Some(hop) = route.hop.and_then(|hop| self.permit.server.options.hops.get(hop)) {
+            self.log.add_via(hop, proxy);
         }
+        let is_fixed = self.outbound(route).ips.iter().flatten().any(|ip| !ip.is_unspecified());
+        local.filter(|_| is_fixed).iter().for_each(|local| self.log.add_outbound(local.ip()));
     }
 
     /// Returns the limits of lookups and connection attempts for the client.

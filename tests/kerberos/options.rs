@@ -52,7 +52,7 @@ fn contradictory_options_are_refused() {
         (&["--auth", "gssapi,password", "--keytab", &keytab], "password requires --users"),
         (&["--auth", "none", "--keytab", &keytab], "require gssapi in this list"),
         (&["--auth", "none", "--gssapi-protection", "none"], "require gssapi in this list"),
-        (&["--auth", "gssapi", "--users", &users], "--users requires password in this list"),
+        (&["--auth", "gssapi", "--users", &users], "--users and S5_USER require password in this list"),
         (&["--auth", "gssapi,gssapi"], "\"gssapi\" is given twice"),
         (&["--auth", "kerberos"], "none, password or gssapi"),
         (&["--keytab", &keytab, "--gssapi-protection", "most"], "none, integrity or confidentiality"),

@@ -142,7 +142,8 @@ impl Explanation<'_> {
     fn add_line(&mut self, decision: &str, subject: &str, rule: &Rule, route: Route) {
         let hop = route.hop.and_then(|hop| self.options.hops.get(hop));
         let via = hop.map(|hop| format!(" via {}", hop.name)).unwrap_or_default();
-        let from = rule.outbound().map(|ip| format!(" from {ip}")).collect::<String>();
+        let outbound = route.outbound.unwrap_or(self.options.outbound.ips).into_iter().flatten();
+        let from: String = outbound.filter(|ip| !ip.is_unspecified()).map(|ip| format!(" from {ip}")).collect();
         let _ = writeln!(self.text, "{decision} {subject}{via}{from}: {} ({rule})", rule.origin());
     }
 }

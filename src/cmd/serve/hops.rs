@@ -59,10 +59,10 @@ impl HopSources {
 
     /// Returns an error if a proxy gets the login of the client, and `is_possible` is not set.
     pub(super) fn check_forwarding(&self, is_possible: bool) -> CliResult {
-        let is_used =
-            self.hops.iter().flat_map(|(_, chains)| chains.iter().flatten()).any(|proxy| proxy.forwards_login);
+        let is_used = |chains: &Chains| chains.iter().flatten().any(|proxy| proxy.forwards_login);
+        let hop = self.hops.iter().find(|(_, chains)| !is_possible && is_used(chains));
         let problem = "?user=client requires passwords of clients (use --users FILE), and password in --hop-auth";
-        CliError::usage_if(is_used && !is_possible, problem)
+        hop.map_or(Ok(()), |(name, _)| Err(CliError::usage(format!("{}: {problem}", option(name)))))
     }
 
     /// Returns the file that is read again at each reload.

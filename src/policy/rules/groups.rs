@@ -191,6 +191,15 @@ impl Search<'_> {
     /// Reports the rules of a group that match every target, or any target that is not known yet.
     fn visit_group(&self, id: u32, found: &mut dyn FnMut(usize, Match)) {
         let Some(group) = self.groups.groups.get(to_index(id)) else { return };
+        let undecided = match (self.request.target_ip, self.request.target_name) {
+            (None, None) => group.first_listed,
+            (None, Some(_)) => group.first_net,
+            (Some(_), _) => None,
+        };
+        // Many groups may differ only in `outbound=` and `via=`, so nothing else is compared first.
+        if group.first_without_to.or(undecided).is_none() {
+            return;
+        }
         let matches = group.conditions.matches(self.request);
         if matches == Match::No {
             return;
@@ -200,11 +209,6 @@ impl Search<'_> {
         {
             found(index, matches.min((self.match_target)(rule)));
         }
-        let undecided = match (self.request.target_ip, self.request.target_name) {
-            (None, None) => group.first_listed,
-            (None, Some(_)) => group.first_net,
-            (Some(_), _) => None,
-        };
         if let Some(index) = undecided {
             found(index, Match::Maybe);
         }

@@ -11,6 +11,7 @@ use super::super::shares::ShareGuard;
 use super::super::state::Session;
 use super::sent_to::SentTo;
 use super::upstream::{Upstream, UpstreamEvent, only_route};
+use crate::client::Association;
 use crate::counters::{self, Counter};
 use crate::net::{BatchSocket, GsoBatch, set_outbound_options, with_scope};
 use crate::policy::rules::Route;
@@ -71,7 +72,8 @@ impl Egress {
         for upstream in &mut self.upstreams {
             match upstream.poll(cx) {
                 Some(UpstreamEvent::Opened(bytes, proxy)) => {
-                    session.log.add_via(&upstream.hop, Some(&proxy));
+                    let local = upstream.association().and_then(Association::local_addr);
+                    session.log_route(upstream.route, Some(&proxy), local);
                     sent = Some(sent.unwrap_or_default() + bytes);
                 }
                 Some(UpstreamEvent::Closed(error)) if only_route(session) == Some(upstream.route) => {

@@ -16,7 +16,7 @@ use crate::client::{Association, Client};
 use crate::conn::Conn;
 use crate::counters::{self, Counter};
 use crate::policy::rules::Route;
-use crate::proto::{Addr, Host};
+use crate::proto::{Addr, Command, Host};
 
 /// Time between the starts of two attempts to open the association with a hop.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -80,7 +80,8 @@ impl Upstream {
         let access = session.hop_access(route);
         Box::pin(async move {
             let access = access?.ok_or_else(|| SessionError::general_failure("not a hop"))?;
-            access.open(&Addr::UNSPECIFIED, deadline, async |proxy: &Client| proxy.associate().await).await
+            let associate = async |proxy: &Client| proxy.associate().await;
+            access.open(Command::UdpAssociate, &Addr::UNSPECIFIED, deadline, associate).await
         })
     }
 
@@ -175,10 +176,10 @@ impl Upstream {
 pub(super) async fn open_only_route(session: &mut Session, control: &Conn) -> SessionResult<Vec<Upstream>> {
     let Some(route) = only_route(session) else { return Ok(Vec::new()) };
     let Some(HopAccess { hop, .. }) = session.hop_access(route)? else { return Ok(Vec::new()) };
-    session.log.add_via(&hop, None);
+    session.log_route(route, None, None);
     let opening = Upstream::open(session, route);
     let (association, proxy) = session.cancellable(control, opening).await?;
-    session.log.add_via(&hop, Some(&proxy));
+    session.log_route(route, Some(&proxy), association.local_addr());
     let mut upstream = Upstream::new(route, hop);
     upstream.set_open(association);
     Ok(vec![upstream])

@@ -84,6 +84,20 @@ fn failure_of_the_target_does_not_fail_over() {
 }
 
 #[test]
+fn proxy_that_does_not_answer_bind_or_udp_is_replaced_after_its_share_of_the_time() {
+    let good = Server::start(&[]);
+    for command in [BIND, UDP_ASSOCIATE] {
+        let (stuck, count) = scripted(&[5, 0], b"");
+        let url = format!("{stuck}|{}", good.addr());
+        let server = Server::start(&["--via", &url, "--connect-timeout", "1"]);
+        for _ in 0..2 {
+            assert_eq!(open_as(&server, None, command, "0.0.0.0:0").1, 0, "{command}");
+        }
+        assert_eq!(count.load(Ordering::Relaxed), 1, "the stuck proxy is skipped");
+    }
+}
+
+#[test]
 fn failed_proxies_are_used_if_all_have_failed_and_again_after_a_reload() {
     let [first, second] = [(); 2].map(|()| closed_port());
     let server = Server::start(&["--via", &format!("{first}|{second}")]);
@@ -150,6 +164,12 @@ fn login_of_the_client_is_forwarded_and_required() {
     // A refused login is a failure of the client, and not of the first proxy.
     assert_eq!([ALICE, BOB].map(|login| open_as(&setup.server, login, CONNECT, &far).1), [1, 0]);
     setup.server.wait_log(|log| log.contains(&format!(" via=\"b={},{}\" ", of_bob.addr(), upstream.addr())));
+    // Nor is one whose refusal is late.
+    let (slow, count) = scripted(&[5, 2], b"");
+    let url = format!("{slow}?user=client|{}?user=client", upstream.addr());
+    let server = Server::start(&["--users", &both, "--via", &url, "--connect-timeout", "500ms"]);
+    assert_eq!([ALICE, BOB].map(|login| open_as(&server, login, CONNECT, &echo).1), [1; 2]);
+    assert_eq!(count.load(Ordering::Relaxed), 2);
     // A client without a password is refused, and not forwarded.
     assert_eq!([CONNECT, BIND].map(|command| rep(&setup.server, command, &echo)), [2, 2]);
     let association = associate_anonymously(&setup.server);
@@ -163,12 +183,14 @@ fn login_of_the_client_is_forwarded_and_required() {
 #[test]
 fn urls_of_hops_that_cannot_work_are_errors_at_the_start() {
     let forwarding = "?user=client requires passwords of clients (use --users FILE), and password in --hop-auth";
-    let rows: [(&[&str], &[&str]); 5] = [
+    let rows: [(&[&str], &[&str]); 7] = [
         (&["--via", "192.0.2.1|"], &["--via: "]),
         (&["--hop", "h=|192.0.2.1"], &["--hop h: "]),
         (&["--hop", "h=192.0.2.1|u:secret@192.0.2.2?user=client"], &["--hop h: ", "?user=client and a user"]),
         (&["--via", "192.0.2.1?user=server"], &["--via: ", "no parameters but ?user=client"]),
-        (&["--via", "192.0.2.1?user=client"], &[forwarding]),
+        (&["--via", "unix:/run/s5?user=server"], &["--via: ", "no parameters but ?user=client"]),
+        (&["--via", "u:sec|ret@192.0.2.1"], &["--via: ", "%7C", " | "]),
+        (&["--via", "192.0.2.1?user=client"], &["--via: ", forwarding]),
     ];
     for (args, words) in rows {
         let output = run(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args), b"", TIMEOUT);

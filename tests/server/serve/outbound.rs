@@ -106,6 +106,11 @@ fn outbound_of_one_family_refuses_the_other_one() {
     assert_eq!(receive(&target).0, b"relayed");
     assert_no_datagram(&denied);
     drop((association, server));
+    let server = host.serve(&["--outbound", "10.9.1.5", "--via", "[fd09:1::2]:1080"]);
+    assert_eq!(rep(CONNECT, "both.test:9"), 1);
+    server
+        .wait_log(|log| log.contains("proxy [fd09:1::2]:1080: no source address of its family (add one to --outbound"));
+    drop(server);
     // The system chooses the address of the other family.
     sh(host.command("sh"), "ip addr del fd09:1::5/64 dev s1");
     let _server = host.serve(&["--outbound", "10.9.1.5", "--outbound", "::"]);
@@ -238,7 +243,7 @@ fn rules_select_the_source_address_of_all_commands_and_of_connections_to_hops() 
     assert!(words.iter().all(|words| line.contains(words)), "{line}");
     drop(server);
     let upstream = serve("10.9.1.2:1080", 1, &["--allow-open-relay"]);
-    let _server = host.serve(&["--hop", "h=10.9.1.2:1080", "--allow", "via=h outbound=10.9.1.6"]);
+    let server = host.serve(&["--hop", "h=10.9.1.2:1080", "--allow", "via=h outbound=10.9.1.6"]);
     let dst = echo_server_at(ip("10.9.1.2"));
     ping(&mut session(v4, CONNECT, &dst.to_string()).0, b"hello");
     let (mut bound, rep, bnd) = session(v4, BIND, "10.9.1.2:0");
@@ -246,8 +251,10 @@ fn rules_select_the_source_address_of_all_commands_and_of_connections_to_hops() 
     assert_accepts_peer(&mut bound, bnd, addr("10.9.1.2:0"));
     drop(bound);
     associate(v4.1, ip(v4.0), None).ping(udp_echo_server(ip("10.9.1.2")), b"hello");
-    let count = |log: &str| session_lines(log).iter().filter(|line| line.contains("from=10.9.1.6:")).count();
-    upstream.wait_log(|log| count(log) == 3);
+    for (server, field) in [(&upstream, "from=10.9.1.6:"), (&server, " via=\"h\" outbound=10.9.1.6 ")] {
+        let count = |log: &str| session_lines(log).iter().filter(|line| line.contains(field)).count();
+        server.wait_log(|log| count(log) == 3);
+    }
 }
 
 #[test]
@@ -256,11 +263,20 @@ fn explain_shows_the_source_address_of_a_rule() {
     let output = run(s5().args(args).args(["--explain", "to=192.0.2.9:80 outbound=1.1.1.1"]), b"", TIMEOUT);
     let expected = "allow 192.0.2.9 via h from 192.0.2.7 from 2001:db8::7: --allow (allow to=192.0.2.9 ";
     assert!(text(&output.stdout).contains(expected), "{}", text(&output.stdout));
+    let args = ["serve", "--outbound", "192.0.2.8", "--outbound", "::", "--explain", "to=192.0.2.9:80"];
+    let output = run(s5().args(args), b"", TIMEOUT);
+    assert!(text(&output.stdout).contains("allow 192.0.2.9 from 192.0.2.8: "), "{}", text(&output.stdout));
 }
 
 #[test]
 fn outbound_options_that_cannot_work_are_errors_at_the_start() {
-    let rows: [(&[&str], &str); 8] = [
+    let unusable = "not a global, private or loopback address (choose an address of this host)";
+    let rows: [(&[&str], &str); 13] = [
+        (&["--outbound", "224.0.0.1"], unusable),
+        (&["--outbound", "::ffff:127.0.0.1"], unusable),
+        (&["--outbound", "fe80::1"], unusable),
+        (&["--allow", "outbound=255.255.255.255"], unusable),
+        (&["--outbound-interface", ""], "--outbound-interface: the name is empty"),
         (&["--outbound", "192.0.2.1"], "--outbound 192.0.2.1: "),
         (&["--outbound", "127.0.0.1", "--outbound", "2001:db8::1"], "--outbound 2001:db8::1: "),
         (&["--outbound", "127.0.0.1", "--outbound", "127.0.0.2"], "--outbound: at most one IPv4 and one IPv6 address"),
