@@ -8,6 +8,7 @@ mod groups;
 mod parse;
 mod rule;
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 
 pub use conditions::{AccessRequest, Identity, Route, UserPattern, embedded_ipv4, normalize_name};
@@ -153,13 +154,9 @@ impl Rules {
     }
 
     fn routes(&self, rules: &[&Rule]) -> Vec<Route> {
-        let mut routes = Vec::new();
-        for route in rules.iter().filter(|rule| rule.conditions.allow).map(|rule| self.route(rule)) {
-            if !routes.contains(&route) {
-                routes.push(route);
-            }
-        }
-        routes
+        let mut seen = HashSet::new();
+        let routes = rules.iter().filter(|rule| rule.conditions.allow).map(|rule| self.route(rule));
+        routes.filter(|route| seen.insert(*route)).collect()
     }
 
     /// Returns the route of all targets that the rules may still allow, if there is only one. Rules after one that

@@ -26,27 +26,20 @@ pub(super) async fn serve(
         session.log.set_addr(only);
     }
     let connecting = async {
-        match &hop {
-            None => {
-                let dialed = dial(addrs, session.outbound(route), &session.dial_limits(), deadline).await;
-                let (target, addr) = dialed.map_err(|error| SessionError::from_dial(error, dst))?;
-                let target = Conn::Tcp(target);
-                let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
-                Ok((target, bnd.into(), Some(addr), None))
-            }
-            Some(access) => {
-                let targets =
-                    if addrs.is_empty() { vec![dst.clone()] } else { addrs.into_iter().map(Addr::from).collect() };
-                let request = async |client: &Client| client.request_first(Command::Connect, targets.clone()).await;
-                let ((target, bnd, dst), client) =
-                    Box::pin(access.open(Command::Connect, dst, deadline, request)).await?;
-                let addr = match dst.host {
-                    Host::Ip(ip) => Some(SocketAddr::new(ip, dst.port)),
-                    Host::Name(_) => None,
-                };
-                Ok((target, bnd, addr, Some(client)))
-            }
-        }
+        let Some(access) = &hop else {
+            let dialed = dial(addrs, session.outbound(route), &session.dial_limits(), deadline).await;
+            let (target, addr) = dialed.map_err(|error| SessionError::from_dial(error, dst))?;
+            let target = Conn::Tcp(target);
+            let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
+            return Ok((target, bnd.into(), Some(addr), None));
+        };
+        let targets: Vec<Addr> = addrs.into_iter().map(Addr::from).collect();
+        let targets = if targets.is_empty() { vec![dst.clone()] } else { targets };
+        let request = async |client: &Client| client.request_first(Command::Connect, targets.clone()).await;
+        let opening = access.open(Command::Connect, dst, deadline, request);
+        let ((target, bnd, dst), client) = Box::pin(opening).await?;
+        let addr = if let Host::Ip(ip) = dst.host { Some(SocketAddr::new(ip, dst.port)) } else { None };
+        Ok((target, bnd, addr, Some(client)))
     };
     let (target, bnd, addr, proxy) = session.cancellable(client, connecting).await?;
     session.log_route(route, proxy.as_ref(), target.local_addr());

@@ -37,7 +37,7 @@ pub struct Identity<'a> {
 }
 
 /// How a target is reached. By default, from this host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Route {
     /// Index of the hop (upstream proxy or chain of proxies) that the target is reached through.
     pub hop: Option<usize>,

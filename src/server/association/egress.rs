@@ -3,14 +3,14 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::task::Context;
+use std::task::{Context, Poll};
 
 use super::super::options::Hop;
 use super::super::session_log::SessionLog;
 use super::super::shares::ShareGuard;
 use super::super::state::Session;
 use super::sent_to::SentTo;
-use super::upstream::{Upstream, UpstreamEvent, only_route};
+use super::upstream::{Upstream, only_route};
 use crate::client::Association;
 use crate::counters::{self, Counter};
 use crate::net::{BatchSocket, GsoBatch, set_outbound_options, with_scope};
@@ -62,7 +62,7 @@ impl Egress {
     }
 
     /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent if one has
-    /// opened, and an error if the only possible route has closed.
+    /// opened, and an error if that was the only possible route.
     pub(super) fn poll_upstreams(
         &mut self,
         session: &mut Session,
@@ -71,18 +71,14 @@ impl Egress {
         let mut sent = None;
         for upstream in &mut self.upstreams {
             match upstream.poll(cx) {
-                Some(UpstreamEvent::Opened(bytes, proxy)) => {
+                Poll::Ready(Ok((bytes, proxy))) => {
                     let local = upstream.association().and_then(Association::local_addr);
                     session.log_route(upstream.route, Some(&proxy), local);
                     sent = Some(sent.unwrap_or_default() + bytes);
                 }
-                Some(UpstreamEvent::Closed(error)) if only_route(session) == Some(upstream.route) => {
-                    return Err(error);
-                }
-                Some(UpstreamEvent::Failed(error) | UpstreamEvent::Closed(error)) => {
-                    session.log.log_hop(&upstream.hop, upstream.dropped, &error);
-                }
-                None => {}
+                Poll::Ready(Err(error)) if only_route(session) == Some(upstream.route) => return Err(error),
+                Poll::Ready(Err(error)) => session.log.log_hop(&upstream.hop, upstream.dropped, &error),
+                Poll::Pending => {}
             }
         }
         Ok(sent)

@@ -4,7 +4,7 @@ use std::mem::take;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use super::super::hop_access::HopAccess;
@@ -49,16 +49,6 @@ enum UpstreamState {
 }
 
 type OpeningUpstream = Pin<Box<dyn Future<Output = SessionResult<(Association, Client)>>>>;
-
-/// What [`Upstream::poll`] has noticed.
-pub(super) enum UpstreamEvent {
-    /// It is open. The waiting datagrams with this number of payload bytes have been sent.
-    Opened(usize, Box<Client>),
-    /// Opening it has failed with this error.
-    Failed(String),
-    /// A proxy has closed it.
-    Closed(String),
-}
 
 impl Upstream {
     pub(super) fn new(route: Route, hop: Arc<Hop>) -> Self {
@@ -129,31 +119,25 @@ impl Upstream {
         counters::add(Counter::DropHop, count as u64);
     }
 
-    /// Notices that the association is open, has failed to open, or has been closed.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Option<UpstreamEvent> {
-        match &mut self.state {
-            UpstreamState::Closed => None,
-            UpstreamState::Opening(opening) => match opening.as_mut().poll(cx) {
-                Poll::Pending => None,
-                Poll::Ready(Ok((association, proxy))) => {
-                    self.set_open(association);
-                    Some(UpstreamEvent::Opened(self.send_waiting(), Box::new(proxy)))
-                }
-                Poll::Ready(Err(error)) => {
-                    self.state = UpstreamState::Closed;
-                    let waiting = self.waiting.drain(..).count();
-                    self.drop_datagrams(waiting);
-                    Some(UpstreamEvent::Failed(error.reason))
-                }
-            },
-            UpstreamState::Open { closed, .. } => match closed.as_mut().poll(cx) {
-                Poll::Pending => None,
-                Poll::Ready(proxy) => {
-                    self.state = UpstreamState::Closed;
-                    Some(UpstreamEvent::Closed(format!("proxy {proxy} closed its association")))
-                }
-            },
+    /// Notices that the association has opened, or that it has failed or closed. Returns the number of payload bytes sent
+    /// that have waited, and the client of the chain; or the error.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(usize, Client), String>> {
+        let opened = match &mut self.state {
+            UpstreamState::Closed => return Poll::Pending,
+            UpstreamState::Opening(opening) => ready!(opening.as_mut().poll(cx)).map_err(|error| error.reason),
+            UpstreamState::Open { closed, .. } => {
+                Err(format!("proxy {} closed its association", ready!(closed.as_mut().poll(cx))))
+            }
+        };
+        if opened.is_err() {
+            self.state = UpstreamState::Closed;
+            let waiting = take(&mut self.waiting).len();
+            self.drop_datagrams(waiting);
         }
+        Poll::Ready(opened.map(|(association, proxy)| {
+            self.set_open(association);
+            (self.send_waiting(), proxy)
+        }))
     }
 
     /// Sends the waiting datagrams. Returns the number of their payload bytes.
