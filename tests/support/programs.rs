@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 
-use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process, test_kill_process_group};
 
 use super::*;
 
@@ -97,6 +97,34 @@ impl Drop for ProcessGroup {
         while test_kill_process_group(group).is_ok() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
+    }
+}
+
+/// A process that is not a child of the test; killed when dropped.
+pub struct Successor(pub Pid);
+
+impl Successor {
+    /// Sends SIGUSR2 to the server, and waits until the new process accepts connections.
+    pub fn of(server: &Server) -> Self {
+        server.signal("USR2");
+        Self::after_signal(server)
+    }
+
+    pub fn after_signal(server: &Server) -> Self {
+        let accepts = " accepts connections from now on\n";
+        let log = server.wait_log(|log| log.contains(accepts));
+        let pid = log.split_once(accepts).and_then(|(before, _)| before.rsplit(' ').next()?.parse().ok());
+        Self(pid.and_then(Pid::from_raw).unwrap_or_else(|| panic!("no new process: {log}")))
+    }
+
+    pub fn is_running(&self) -> bool {
+        test_kill_process(self.0).is_ok()
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
     }
 }
 

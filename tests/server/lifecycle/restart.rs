@@ -7,34 +7,6 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use crate::*;
 
-/// A process that is not a child of the test; killed when dropped.
-struct Successor(Pid);
-
-impl Successor {
-    /// Sends SIGUSR2 to the server, and waits until the new process accepts connections.
-    fn of(server: &Server) -> Self {
-        server.signal("USR2");
-        Self::after_signal(server)
-    }
-
-    fn after_signal(server: &Server) -> Self {
-        let accepts = " accepts connections from now on\n";
-        let log = server.wait_log(|log| log.contains(accepts));
-        let pid = log.split_once(accepts).and_then(|(before, _)| before.rsplit(' ').next()?.parse().ok());
-        Self(pid.and_then(Pid::from_raw).unwrap_or_else(|| panic!("no new process: {log}")))
-    }
-
-    fn is_running(&self) -> bool {
-        test_kill_process(self.0).is_ok()
-    }
-}
-
-impl Drop for Successor {
-    fn drop(&mut self) {
-        let _ = kill_process(self.0, Signal::KILL);
-    }
-}
-
 /// Waits until the old process has ended. It stays a zombie, because the new process has its stderr open.
 fn wait_end(server: &Server) {
     let stat = format!("/proc/{}/stat", server.pid());

@@ -9,8 +9,8 @@ const PAGE: &str = include_str!("../../../src/dist/README.md");
 /// Runs a command in the network and with the files of a node. `LAB` is the directory of the lab.
 const SSH: &str = "#!/bin/sh\nexport NODE=$1\nshift\nexec nsenter --net=/run/netns/$NODE unshare --mount \\\n\
                    sh -c \"mount --bind LAB/$NODE /etc/s5 && $*\"\n";
-const SYSTEMCTL: &str = "#!/bin/sh\ncase \"$1 $2\" in 'reload s5') signal=HUP ;; 'stop s5') signal=TERM ;; \
-                         *) exit 1 ;; esac\nexec kill -s $signal \"$(cat LAB/$NODE.pid)\"\n";
+const SYSTEMCTL: &str = "#!/bin/sh\ncase \"$*\" in 'reload s5') signal=HUP ;; 'stop s5') signal=TERM ;; \
+                         'kill --kill-whom=main --signal=USR2 s5') signal=USR2 ;; *) exit 1 ;; esac\nexec kill -s $signal \"$(cat LAB/$NODE.pid)\"\n";
 
 /// Returns the block of commands that starts with this text.
 fn block(start: &str) -> &'static str {
@@ -112,6 +112,28 @@ fn drained_node_loses_nothing() {
     drop(tunnels);
     let mut node = lab.nodes.remove("node1").expect("a node");
     assert!(node.wait(TIMEOUT).success(), "{}", node.log());
+}
+
+/// Fails if a restart refuses or resets connections, or if HAProxy stops using a node meanwhile.
+#[test]
+#[ignore = "make test-system"]
+fn rolling_restart_under_load_loses_nothing() {
+    let lab = open_lab!(&NODES, "--drain-timeout 1m");
+    let operator = Operator::new(&lab);
+    let mut tunnels: Vec<TcpStream> = (0..3).map(|_| tunnel_from("client2")).collect();
+    let mut successors = Vec::new();
+    let (_, errors) = Load::run(RATE, |load| {
+        load.wait(200);
+        stdout(&mut operator.shell(block("for node")), b"");
+        successors.extend(lab.nodes.values().map(Successor::after_signal));
+        load.wait(600);
+    });
+    assert!(errors.is_empty(), "{errors:#?}");
+    for node in NODES {
+        assert_eq!(lab.stat(node, "chkdown"), "0", "{node}");
+    }
+    tunnels.iter_mut().for_each(|tunnel| ping(tunnel, b"still open"));
+    assert!(successors.iter().all(Successor::is_running));
 }
 
 /// Fails if the nodes need different keys, or if the name of HAProxy is not enough to find them.
