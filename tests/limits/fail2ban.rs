@@ -81,6 +81,7 @@ fn check_filter(format: &str) {
     let valid_name = "a\" error=\"login refused";
     let (_dir, users) = users_file(&[("alice", "secret"), (valid_name, "secret")]);
     let args = ["--listen", "[::1]:0", "--users", &users, "--deny", "to=.evil", "--max-per-user", "2", "-v", "-v"];
+    let args = [&args[..], &["--proxy-protocol-from", "127.11.8.8"]].concat();
     let logs = temp_dir();
     let file = logs.path().join("access.log").display().to_string();
     let args = [&args[..], &["--log-format", format, "--access-log", &file]].concat();
@@ -99,6 +100,14 @@ fn check_filter(format: &str) {
         stream.shutdown(Shutdown::Write).expect("half-closed");
         stream_end(&mut stream);
         expected.push(V6.to_string());
+    }
+    // Behind a load balancer, the client is matched.
+    for (family, client) in [("TCP4", "192.0.2.7"), ("TCP6", "2001:db8::7")] {
+        let mut stream = connect_from_ip(&server, [127, 11, 8, 8]);
+        write!(stream, "PROXY {family} {client} {client} 4000 1080\r\n").expect("header sent");
+        select_password(&mut stream);
+        assert_ne!(send_login(&mut stream, FORGED.as_bytes(), b"wrong"), 0);
+        expected.push(client.into());
     }
     let mut others = 0;
     for uname in ["alice", valid_name] {
