@@ -63,6 +63,12 @@ fn addresses_of_an_ipv6_network_share_their_lines() {
         assert!(added.status.success(), "{added:?}");
     }
     let server = serve("[fd09::1]:0", 1, &["--allow-open-relay"]);
+    // A new address can be unreachable at first.
+    let is_refused = |number| {
+        let addr = (Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0, number), server.addr().port());
+        TcpStream::connect(addr).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+    };
+    wait_until("the addresses are in use", TIMEOUT, || (2..=4).all(is_refused));
     let started = Instant::now();
     for number in 0..100 {
         fail(connect_from_ip(&server, Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0, 1 + number % 4)));

@@ -62,6 +62,8 @@ const KEYRINGS: &[i64] = syscalls![SYS_keyctl SYS_add_key SYS_request_key];
 
 /// PR_SET_VMA, with which glibc and the allocator name their memory.
 const PR_SET_VMA: i32 = 0x5356_4d41;
+/// Reads the vector with the address of the vDSO, which the crate rustix needs for its first clock.
+const PR_GET_AUXV: i32 = 0x4155_5856;
 /// The bits of a socket's type without SOCK_CLOEXEC and SOCK_NONBLOCK.
 const SOCK_TYPE_MASK: u32 = 0xf;
 
@@ -190,6 +192,7 @@ fn with_checked_args() -> Vec<(i64, Vec<Condition>)> {
         (libc::SYS_prlimit64, vec![(2, ANY_BITS, 0)]),
         (libc::SYS_prctl, vec![(0, ANY_BITS, libc::PR_SET_NAME)]),
         (libc::SYS_prctl, vec![(0, ANY_BITS, PR_SET_VMA)]),
+        (libc::SYS_prctl, vec![(0, ANY_BITS, PR_GET_AUXV)]),
         // abort(3) and raise(3).
         (libc::SYS_tgkill, vec![(0, ANY_BITS, std::process::id().cast_signed())]),
         // getaddrinfo(3) reads the addresses of this host.
