@@ -7,7 +7,7 @@ const CLIENTS: usize = 2000;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(8);
 /// Upper limit for memory per client, in bytes. It also holds for debug builds, whose futures are larger. Only a client
 /// with a login comes near it: all of them waited for a hash at the same time.
-const MAX_BYTES_PER_CLIENT: usize = 5120;
+const MAX_BYTES_PER_CLIENT: usize = 5632;
 
 /// The stages: name, bytes that the client sends, and the server's answer.
 fn stages() -> [(&'static str, Vec<u8>, Vec<u8>); 5] {
