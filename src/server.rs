@@ -62,7 +62,7 @@ use crate::net::RelayOptions;
 use crate::policy::Policy;
 use dial_shares::DialShares;
 use health::StartedServer;
-pub use inherited::InheritedSocket;
+pub use inherited::{InheritedSocket, is_successor};
 use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::{KEEP_SOCKET_FILES, Listener};
@@ -118,7 +118,8 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     policy.metrics_addrs = metrics.iter().flat_map(Listener::addrs).collect();
     let metrics: Vec<_> = metrics.into_iter().map(Arc::new).collect();
     // Before the sandbox.
-    let restarter = Restarter::start(&options.command_line, notifier.has_watchdog());
+    let restarter =
+        Restarter::start(&options.command_line, options.successor_variable.as_ref(), notifier.has_watchdog());
     let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(|listener| listener.addrs()).collect())?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let is_restricted = options.sandbox;

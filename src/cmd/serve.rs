@@ -339,6 +339,7 @@ impl ServeArgs {
         let (request, show_rules, is_check, is_quiet) = (self.explain.take(), self.show_rules, self.check, self.quiet);
         let mut options = self.options(&policy, hops.collect(), sources.files().map(Into::into).collect())?;
         (options.inherited, options.command_line) = (inherited, command_line);
+        options.successor_variable = sources.user_entry.clone().map(|entry| (users::ENTRY_VARIABLE, entry));
         if show_rules {
             return explain::show(&policy, &options);
         }
@@ -406,6 +407,7 @@ impl ServeArgs {
         Ok(Options {
             inherited: Vec::new(),
             command_line: Vec::new(),
+            successor_variable: None,
             listen: if self.listen.is_empty() { vec![default_listen] } else { self.listen },
             metrics: self.metrics,
             allow_remote_metrics: self.allow_remote_metrics,

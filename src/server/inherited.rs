@@ -25,7 +25,7 @@ pub struct InheritedSocket {
 }
 
 /// Returns true if this process replaces another one.
-pub(super) fn is_successor() -> bool {
+pub fn is_successor() -> bool {
     std::env::var_os(SUCCESSOR).is_some()
 }
 

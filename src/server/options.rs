@@ -30,6 +30,8 @@ pub struct Options {
     pub allow_remote_metrics: bool,
     /// Command line of this process, for one that replaces it.
     pub command_line: Vec<String>,
+    /// A variable in the environment of that process.
+    pub successor_variable: Option<(&'static str, String)>,
     /// Time from accept to the end of the request.
     pub handshake_timeout: Duration,
     /// Time to resolve a name and to try all of its addresses.

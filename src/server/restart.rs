@@ -47,7 +47,11 @@ pub(super) struct Restarter {
 
 impl Restarter {
     /// Starts the helper. Call it with signals blocked: the helper inherits that, and ends only with the server.
-    pub(super) fn start(command_line: &[String], has_watchdog: bool) -> io::Result<Self> {
+    pub(super) fn start(
+        command_line: &[String],
+        variable: Option<&(&str, String)>,
+        has_watchdog: bool,
+    ) -> io::Result<Self> {
         if std::process::id() == 1 {
             return Err(io::Error::other("process 1 cannot be replaced (restart the container instead)"));
         }
@@ -61,6 +65,7 @@ impl Restarter {
         for variable in for_this_process.into_iter().chain(watchdog) {
             command.env_remove(variable);
         }
+        command.envs(variable.map(|(name, value)| (name, value)));
         command.spawn()?;
         let mut words = vec![program.as_os_str().as_bytes()];
         words.extend(command_line.iter().map(String::as_bytes));

@@ -11,11 +11,18 @@ use super::load::{MAX_USERS_FILE, file_error, read_file};
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, escape};
 use crate::cmd::cli::{output_file, secrets};
 use crate::policy::users::{self, Users};
+use crate::server::is_successor;
+
+/// Variable with the entry of the user for a process that replaces this one: the password is no longer known then.
+pub(super) const ENTRY_VARIABLE: &str = "S5_USER_ENTRY";
 
 /// Returns the entry of the user in the environment, if there is one. Removes the password from the environment.
 /// `has_file`: a users file is given, which is another source of users.
 pub(super) fn entry_in_environment(has_file: bool) -> CliResult<Option<String>> {
     let usage_error = |problem: &str| CliError::usage(format!("S5_USER and S5_PASSWORD: {problem}"));
+    if let (true, Ok(entry)) = (is_successor(), env::var(ENTRY_VARIABLE)) {
+        return Ok(Some(entry));
+    }
     let (name, passwd) = match (env::var_os("S5_USER"), env::var_os("S5_PASSWORD")) {
         (Some(_), Some(_)) if has_file => return Err(usage_error("cannot be combined with --users (unset them)")),
         (Some(name), Some(passwd)) => (name, passwd),

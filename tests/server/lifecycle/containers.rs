@@ -36,6 +36,17 @@ fn user_in_the_environment_can_log_in_also_after_a_reload_and_the_password_is_re
 }
 
 #[test]
+fn user_in_the_environment_can_log_in_after_a_restart() {
+    let server = assert_requires_login(&mut with_user("alice", "open sesame"));
+    let _successor = Successor::of(&server);
+    for (passwd, status) in [("open sesame", 0), ("wrong", 1)] {
+        let mut stream = connect_from(SocketAddr::new(V4, 0), SocketAddr::new(V4, server.addr().port()));
+        select_password(&mut stream);
+        assert_eq!(send_login(&mut stream, b"alice", passwd.as_bytes()), status);
+    }
+}
+
+#[test]
 fn user_in_the_environment_is_refused_if_it_is_incomplete_or_another_source_of_users_is_given() {
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", &user_line("bob", "secret"));
