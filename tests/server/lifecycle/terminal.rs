@@ -42,6 +42,9 @@ impl TerminalServer {
 impl Drop for TerminalServer {
     fn drop(&mut self) {
         let _ = kill_process(self.pid, Signal::KILL);
+        if thread::panicking() {
+            eprintln!("the server's log:\n{}", read(self.dir.path(), "log"));
+        }
     }
 }
 
