@@ -45,8 +45,8 @@ pub struct ServeArgs {
     /// With port 0 the kernel chooses the port, and s5 logs it. PORT can be the name of a service. A Unix socket that
     /// no process uses is replaced; one in use is an error. The umask sets the permissions of its file. Its clients
     /// send and receive datagrams at 127.0.0.1. If a client announces its port, datagrams from other ports are dropped.
-    /// Without this option, s5 uses the sockets of a socket unit, if systemd passes some. See SYSTEMD.
-    /// Addresses other than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
+    /// Without this option, s5 uses the sockets of a socket unit, if systemd passes some. See SYSTEMD. Addresses other than
+    /// loopback, and --proxy-protocol-from, require --users, --keytab, an allow rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
 

@@ -106,12 +106,17 @@ pub(super) fn ipv6_only(addrs: &[SocketAddr]) -> impl Iterator<Item = &SocketAdd
 
 /// Returns an error with remedies if the server would be an open relay, unless the options allow that.
 pub(super) fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
-    let addr = policy.listen_addrs.iter().find(|addr| !addr.ip().is_loopback())?;
+    let remote = policy.listen_addrs.iter().find(|addr| !addr.ip().is_loopback());
+    let behind_balancer = || {
+        let has_balancer = !options.proxy_protocol_from.is_empty();
+        has_balancer.then(|| "serve the clients of --proxy-protocol-from".to_owned())
+    };
+    let what = remote.map(|addr| format!("listen on {addr}")).or_else(behind_balancer)?;
     (policy.is_open_relay() && !options.allow_open_relay).then(|| {
         let has_from = policy.rules.has_from_condition();
         let clients = if has_from { " for clients that match no from= rule" } else { "" };
         format!(
-            "refusing to listen on {addr} without access control{clients}: \
+            "refusing to {what} without access control{clients}: \
              use --users FILE, or --allow from=CIDR, or --allow-open-relay to run an open relay"
         )
     })

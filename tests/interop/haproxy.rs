@@ -23,7 +23,8 @@ fn sessions_through_haproxy_have_their_clients_and_health_checks_are_not_logged(
     let target = echo_server();
     let dir = temp_dir();
     let path = dir.path().join("s5.sock").display().to_string();
-    let args = ["--listen", &format!("unix:{path}"), "--proxy-protocol-from", "127.0.0.1,unix", "-v"];
+    let args =
+        ["--listen", &format!("unix:{path}"), "--proxy-protocol-from", "127.0.0.1,unix", "--allow-open-relay", "-v"];
     let server = Server::start_with(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args), 2);
     for at in [server.addr().to_string(), format!("unix@{path}")] {
         for options in ["send-proxy check", "send-proxy-v2 check", "send-proxy-v2-ssl-cn check no-check-send-proxy"] {

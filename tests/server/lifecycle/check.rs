@@ -43,6 +43,7 @@ fn check_fails_like_a_start() {
         (2, "--users /nonexistent".to_owned(), "--users /nonexistent: no such file"),
         (2, format!("--keytab {keytab}"), "keytab: "),
         (2, "--listen *:0".into(), "refusing to listen on 0.0.0.0:"),
+        (2, "--proxy-protocol-from 127.0.0.1".into(), "refusing to serve the clients of --proxy-protocol-from without"),
         (2, "--listen 127.0.0.1:1080 --via 127.0.0.1:1080".into(), "is this server itself"),
         (2, "--via alice@127.0.0.1:1".into(), "no password"),
         (2, "--bind-ports 1-10".into(), "--bind-ports: the server may not use ports below"),

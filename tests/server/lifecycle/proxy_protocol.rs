@@ -26,7 +26,7 @@ fn v2(client: SocketAddr) -> Vec<u8> {
 
 /// Starts a server that trusts headers of 127.0.0.1.
 fn behind_balancer(args: &[&str]) -> Server {
-    Server::start(&[&["--proxy-protocol-from", "127.0.0.1"], args].concat())
+    Server::start(&[&["--proxy-protocol-from", "127.0.0.1", "--allow-open-relay"], args].concat())
 }
 
 /// Sends a header for this client, and a greeting. Returns the connection if the server accepts it.
@@ -53,7 +53,7 @@ fn proxy_header_arrives_in_any_pieces_and_nothing_after_it_is_lost() {
     let path = dir.path().join("s5.sock");
     let unix = format!("unix:{}", path.display());
     let args = ["--listen", "[::1]:0", "--listen", &unix, "--proxy-protocol-from", "127.0.0.0/8,::1,unix"];
-    let server = serve("127.0.0.1:0", 3, &[&args[..], &LOOPBACK].concat());
+    let server = serve("127.0.0.1:0", 3, &[&args[..], &LOOPBACK, &["--allow-open-relay"]].concat());
     // Different clients, because the log has at most 20 lines a second of each.
     let clients =
         (0..16).map(|n| if n % 2 == 0 { format!("192.0.2.{}:4000", n + 1) } else { format!("[2001:db8:{n}::1]:4000") });
@@ -120,7 +120,7 @@ fn false_or_missing_proxy_header_is_logged_once_with_its_cause_and_health_checks
 
 #[test]
 fn proxy_header_of_other_addresses_is_refused_with_the_remedy() {
-    let server = Server::start(&["--proxy-protocol-from", "127.0.0.2"]);
+    let server = Server::start(&["--proxy-protocol-from", "127.0.0.2", "--allow-open-relay"]);
     for (number, header) in [v1, v2].into_iter().enumerate() {
         let mut stream = server.connect();
         stream.write_all(&[header(addr("192.0.2.7:4000")), GREETING.into()].concat()).expect("header sent");
