@@ -6,6 +6,7 @@
 //! The kernel caches the answer for calls whose arguments are not checked (Linux 5.11): the filter does not run for
 //! them.
 
+use std::collections::BTreeMap;
 use std::env::consts::ARCH;
 use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
 use std::sync::OnceLock;
@@ -14,7 +15,9 @@ use std::thread;
 
 use nix::libc;
 use nix::sys::signal::{SigSet, Signal as Nix};
-use seccompiler::{BpfProgram, sock_filter};
+use seccompiler::SeccompCmpArgLen::Dword;
+use seccompiler::SeccompCmpOp::{self, Eq, MaskedEq};
+use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
 
 use crate::gssapi::ffi;
 
@@ -65,25 +68,10 @@ const PR_SET_VMA: i32 = 0x5356_4d41;
 /// Reads the vector with the address of the vDSO, which the crate rustix needs for its first clock.
 const PR_GET_AUXV: i32 = 0x4155_5856;
 /// The bits of a socket's type without SOCK_CLOEXEC and SOCK_NONBLOCK.
-const SOCK_TYPE_MASK: u32 = 0xf;
+const SOCK_TYPE_MASK: u64 = 0xf;
 
-/// A condition on the lower half of an argument: its index, a mask, and the value under the mask.
-type Condition = (u8, u32, i32);
-
-const ANY_BITS: u32 = u32::MAX;
-
-/// The architecture in the data of a filter (seccomp(2), AUDIT_ARCH_…). A filter for another one would check wrong numbers.
-const AUDIT_ARCH: Option<u32> = match ARCH.as_bytes() {
-    b"x86_64" => Some(0xc000_003e),
-    b"aarch64" => Some(0xc000_00b7),
-    b"riscv64" => Some(0xc000_00f3),
-    _ => None,
-};
-/// Offsets in the data of a filter: the number of the call, the architecture, and the lower half of the first argument.
-const NUMBER_OFFSET: u32 = 0;
-const ARCH_OFFSET: u32 = 4;
-const ARGS_OFFSET: u32 = 16;
-const ARG_SIZE: u32 = 8;
+/// A condition on an argument: its index, the comparison, the value.
+type Condition = (u8, SeccompCmpOp, i32);
 
 /// The numbers of the calls that were refused already. Others are not logged.
 static REFUSED: [AtomicBool; 1024] = [const { AtomicBool::new(false) }; 1024];
@@ -97,64 +85,31 @@ pub(super) fn restrict(uses_keyrings: bool) -> Result<PipeReader, String> {
     // The parent process can have blocked the signal.
     let signal = [Nix::SIGSYS].into_iter().collect::<SigSet>().thread_unblock();
     signal.and_then(|()| ffi::fail_trapped_calls(report)).map_err(|error| error.to_string())?;
-    let program = filter(uses_keyrings).ok_or_else(|| format!("not supported on {ARCH}"))?;
-    seccompiler::apply_filter_all_threads(&program).map_err(|error| error.to_string())?;
-    Ok(refusals)
-}
-
-/// Returns the filter. A call has the answer of the first rule that matches it. `None`: this architecture is not known.
-fn filter(uses_keyrings: bool) -> Option<BpfProgram> {
-    let fail = |errno: i32| libc::SECCOMP_RET_ERRNO | errno.cast_unsigned();
-    // A call of another architecture has another number.
-    let skip_if = sock_filter { jt: 1, ..skip_unless(AUDIT_ARCH?, 0) };
-    let mut program = vec![load(ARCH_OFFSET), skip_if, answer(libc::SECCOMP_RET_KILL_PROCESS)];
     let keyrings = if uses_keyrings { KEYRINGS } else { &[] };
-    // The last is no call: strace(1) with `--inject` and other tracers replace one by this number.
-    for call in [ALLOWED, ALLOWED_ON_ARCH, keyrings, &[i64::from(u32::MAX)]].concat() {
-        push_rule(&mut program, call, &[], libc::SECCOMP_RET_ALLOW);
+    let any_args = [ALLOWED, ALLOWED_ON_ARCH, keyrings].concat().into_iter().map(|call| (call, Vec::new()));
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = any_args.collect();
+    for (call, conditions) in with_checked_args() {
+        let conditions = conditions
+            .into_iter()
+            .map(|(index, op, value)| SeccompCondition::new(index, Dword, op, u64::from(value.cast_unsigned())));
+        let rule = conditions.collect::<Result<Vec<_>, _>>().and_then(SeccompRule::new);
+        rules.entry(call).or_default().push(rule.map_err(|error| error.to_string())?);
     }
     // glibc does not fall back to clone(2), whose flags can be checked, unless clone3(2) fails with ENOSYS.
-    push_rule(&mut program, libc::SYS_clone3, &[], fail(libc::ENOSYS));
+    let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    rules.insert(libc::SYS_clone3, Vec::new());
+    // No call: strace(1) with `--inject` and other tracers replace one by this number.
+    rules.insert(i64::from(u32::MAX), Vec::new());
+    install(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS.cast_unsigned()))?;
     // posix_spawn(3) blocks all signals. A blocked SIGSYS would end the process.
-    let spawns = (0, libc::CLONE_VFORK.cast_unsigned(), libc::CLONE_VFORK);
-    push_rule(&mut program, libc::SYS_clone, &[spawns], fail(libc::EPERM));
-    for (call, conditions) in with_checked_args() {
-        push_rule(&mut program, call, &conditions, libc::SECCOMP_RET_ALLOW);
-    }
-    program.push(answer(libc::SECCOMP_RET_TRAP));
-    Some(program)
-}
-
-/// Adds a rule, which ends with the answer if it is for the call and all conditions hold.
-fn push_rule(program: &mut BpfProgram, call: i64, conditions: &[Condition], answer_if: u32) {
-    // Each condition has three instructions, and the answer is one.
-    let rest = |checked: usize| (3 * (conditions.len() - checked) + 1) as u8;
-    program.extend([load(NUMBER_OFFSET), skip_unless(call as u32, rest(0))]);
-    for (checked, (index, mask, value)) in (1..).zip(conditions) {
-        let bits = instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, *mask);
-        let offset = ARGS_OFFSET + ARG_SIZE * u32::from(*index);
-        program.extend([load(offset), bits, skip_unless(value.cast_unsigned(), rest(checked))]);
-    }
-    program.push(answer(answer_if));
-}
-
-fn instruction(code: u32, jf: u8, k: u32) -> sock_filter {
-    sock_filter { code: code as u16, jt: 0, jf, k }
-}
-
-/// Loads 32 bits of the data of the filter.
-fn load(offset: u32) -> sock_filter {
-    instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, offset)
-}
-
-/// Skips this number of instructions unless the loaded value is this one.
-fn skip_unless(value: u32, count: u8) -> sock_filter {
-    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, count, value)
-}
-
-/// Ends the filter.
-fn answer(answer: u32) -> sock_filter {
-    instruction(libc::BPF_RET | libc::BPF_K, 0, answer)
+    let spawn = SeccompCondition::new(0, Dword, MaskedEq(libc::CLONE_VFORK as u64), libc::CLONE_VFORK as u64);
+    let spawn = spawn.and_then(|spawn| SeccompRule::new(vec![spawn])).map_err(|error| error.to_string())?;
+    // An allowed call has the answer of the other filter.
+    rules.entry(libc::SYS_clone).or_default().push(spawn.clone());
+    let spawn = BTreeMap::from([(libc::SYS_clone, vec![spawn])]);
+    install(spawn, SeccompAction::Allow, SeccompAction::Errno(libc::EPERM.cast_unsigned()))?;
+    install(rules, SeccompAction::Trap, SeccompAction::Allow)?;
+    Ok(refusals)
 }
 
 /// Runs in a signal handler.
@@ -187,27 +142,34 @@ pub(super) fn log_refusals(mut refusals: PipeReader) {
 fn with_checked_args() -> Vec<(i64, Vec<Condition>)> {
     let mut calls = vec![
         // Threads, and no processes.
-        (libc::SYS_clone, vec![(0, libc::CLONE_THREAD.cast_unsigned(), libc::CLONE_THREAD)]),
+        (libc::SYS_clone, vec![(0, MaskedEq(libc::CLONE_THREAD as u64), libc::CLONE_THREAD)]),
         // Reading limits, and not setting them: the new limit is a null pointer.
-        (libc::SYS_prlimit64, vec![(2, ANY_BITS, 0)]),
-        (libc::SYS_prctl, vec![(0, ANY_BITS, libc::PR_SET_NAME)]),
-        (libc::SYS_prctl, vec![(0, ANY_BITS, PR_SET_VMA)]),
-        (libc::SYS_prctl, vec![(0, ANY_BITS, PR_GET_AUXV)]),
+        (libc::SYS_prlimit64, vec![(2, Eq, 0)]),
+        (libc::SYS_prctl, vec![(0, Eq, libc::PR_SET_NAME)]),
+        (libc::SYS_prctl, vec![(0, Eq, PR_SET_VMA)]),
+        (libc::SYS_prctl, vec![(0, Eq, PR_GET_AUXV)]),
         // abort(3) and raise(3).
-        (libc::SYS_tgkill, vec![(0, ANY_BITS, std::process::id().cast_signed())]),
+        (libc::SYS_tgkill, vec![(0, Eq, std::process::id().cast_signed())]),
         // getaddrinfo(3) reads the addresses of this host.
-        (libc::SYS_socket, vec![(0, ANY_BITS, libc::AF_NETLINK), (2, ANY_BITS, libc::NETLINK_ROUTE)]),
-        (libc::SYS_socket, vec![(0, ANY_BITS, libc::AF_UNIX)]),
+        (libc::SYS_socket, vec![(0, Eq, libc::AF_NETLINK), (2, Eq, libc::NETLINK_ROUTE)]),
+        (libc::SYS_socket, vec![(0, Eq, libc::AF_UNIX)]),
     ];
     let (stream, datagram) = (libc::SOCK_STREAM, libc::SOCK_DGRAM);
     let sockets = [(stream, 0), (stream, libc::IPPROTO_TCP), (datagram, 0), (datagram, libc::IPPROTO_UDP)];
     for family in [libc::AF_INET, libc::AF_INET6] {
         calls.extend(sockets.map(|(kind, protocol)| {
-            (libc::SYS_socket, vec![(0, ANY_BITS, family), (1, SOCK_TYPE_MASK, kind), (2, ANY_BITS, protocol)])
+            (libc::SYS_socket, vec![(0, Eq, family), (1, MaskedEq(SOCK_TYPE_MASK), kind), (2, Eq, protocol)])
         }));
     }
     // Of these, TIOCSTI would type into the terminal.
     let requests = [libc::FIONBIO, libc::FIONREAD, libc::TIOCOUTQ, libc::TCGETS, libc::SIOCGIFINDEX, libc::SIOCGIFNAME];
-    calls.extend(requests.map(|request| (libc::SYS_ioctl, vec![(1, ANY_BITS, request as i32)])));
+    calls.extend(requests.map(|request| (libc::SYS_ioctl, vec![(1, Eq, request as i32)])));
     calls
+}
+
+fn install(rules: BTreeMap<i64, Vec<SeccompRule>>, other: SeccompAction, listed: SeccompAction) -> Result<(), String> {
+    let arch = TargetArch::try_from(ARCH).map_err(|error| error.to_string())?;
+    let program = SeccompFilter::new(rules, other, listed, arch).and_then(BpfProgram::try_from);
+    let program = program.map_err(|error| error.to_string())?;
+    seccompiler::apply_filter_all_threads(&program).map_err(|error| error.to_string())
 }
