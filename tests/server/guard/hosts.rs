@@ -214,6 +214,16 @@ fn udp_relay_accepts_one_port_of_its_client_only() {
     ];
     for (server, client, other_client, target) in hosts {
         let (target, target_addr) = udp_target(target);
+        let exchange = |association: &Association, round: usize| {
+            association.send(target_addr, b"client");
+            let (data, relay) = receive(&target);
+            assert_eq!(data, b"client", "round {round}");
+            assert_no_datagram(&target);
+            target.send_to(b"answer", relay).expect("datagram sent");
+            assert_eq!(association.receive(), (target_addr, b"answer".to_vec()));
+        };
+        // The hosts find each other, which can take more than the 2 s after which another port is accepted.
+        exchange(&associate(server, client, None), 0);
         let association = associate(server, client, None);
         let port = association.socket.local_addr().expect("local address").port();
         let same_port = UdpSocket::bind((other_client, port)).expect("the port is free in this namespace");
@@ -224,12 +234,7 @@ fn udp_relay_accepts_one_port_of_its_client_only() {
                 // Fails in later rounds, after an ICMP error.
                 let _ = sender.send_to(&stray, association.bnd);
             }
-            association.send(target_addr, b"client");
-            let (data, relay) = receive(&target);
-            assert_eq!(data, b"client", "round {round}");
-            assert_no_datagram(&target);
-            target.send_to(b"answer", relay).expect("datagram sent");
-            assert_eq!(association.receive(), (target_addr, b"answer".to_vec()));
+            exchange(&association, round);
         }
     }
 }
