@@ -28,7 +28,10 @@ struct Step {
 fn recipes() -> (Vec<Vec<Step>>, String) {
     let (mut recipes, mut config) = (vec![Vec::new()], String::new());
     let mut language = None;
-    for line in README.lines() {
+    // Its commands need systemd: tests/system runs them.
+    let (before, service) = README.split_once("## Running s5 for others\n").expect("the section");
+    let (_, after) = service.split_once("\n## ").expect("another section");
+    for line in before.lines().chain(["## "]).chain(after.lines()) {
         match (language, line.strip_prefix("```")) {
             (None, Some(name)) => language = Some(name),
             (Some(_), Some(_)) => language = None,

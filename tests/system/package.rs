@@ -55,10 +55,10 @@ impl Container {
     }
 }
 
-/// Packages of two versions in a new folder.
-fn packages() -> TempDir {
+/// Packages of these versions in a new folder.
+fn packages(versions: &[&str]) -> TempDir {
     let dir = temp_dir();
-    for version in ["1.0", "2.0"] {
+    for version in versions {
         let options = format!("--deb-version {version} --output {}/s5_{version}.deb", dir.path().display());
         let mut make = Command::new("make");
         // `make test-system` has built it.
@@ -72,7 +72,7 @@ fn packages() -> TempDir {
 #[test]
 #[ignore = "needs a root file system and cargo-deb: make test-system"]
 fn package_runs_upgrades_without_a_gap_and_is_removed() {
-    let packages = packages();
+    let packages = packages(&["1.0", "2.0"]);
     let container = Container::boot(packages.path());
     container.sh("dpkg -i /mnt/s5_1.0.deb");
     let modes = container.sh("stat -c '%a %U:%G' /etc/s5/users /etc/s5/rules /etc/default/s5 /var/log/s5");
@@ -122,4 +122,53 @@ fn package_runs_upgrades_without_a_gap_and_is_removed() {
     assert!(container.output("systemctl is-active s5.service s5.socket").stdout.starts_with(b"inactive\ninactive\n"));
     container.sh("test -e /etc/s5/users && dpkg -P s5 && ! test -e /etc/s5 && ! test -e /var/log/s5 && ! test -e /etc/default/s5");
     container.sh("! systemctl cat s5.service && ! ls /etc/systemd/system/*/s5.*");
+}
+
+#[test]
+#[ignore = "needs a root file system and cargo-deb: make test-system"]
+fn readme_commands_install_and_run_a_service() {
+    let packages = packages(&["1.0"]);
+    let dir = packages.path().join("target/debian");
+    fs::create_dir_all(&dir).expect("directory created");
+    fs::rename(packages.path().join("s5_1.0.deb"), dir.join("s5_1.0.deb")).expect("renamed");
+    let container = Container::boot(packages.path());
+    // Nobody answers apt's questions, and there is no network for packages that s5 recommends.
+    let apt = "APT::Get::Assume-Yes \"true\"; APT::Install-Recommends \"false\";";
+    container.sh(&format!("echo '{apt}' > /etc/apt/apt.conf.d/99test"));
+    let readme = include_str!("../../README.md").split_once("## Running s5 for others\n").expect("the section").1;
+    let readme = readme.split("\n## ").next().expect("its text");
+    let commands: Vec<&str> =
+        readme.split("```sh\n").skip(1).flat_map(|block| block.split("```").take(1)).flat_map(str::lines).collect();
+    assert!(commands.len() > 8, "{commands:?}");
+    let (mut log, mut metrics) = (String::new(), String::new());
+    for command in commands {
+        // The container is root and has no sudo(8).
+        let script = format!("cd /mnt; sudo() {{ \"$@\"; }}; {command}");
+        match command.split(' ').next() {
+            // `packages` has done it.
+            Some("make") => {}
+            // From outside, because the container has no curl(1).
+            Some("curl") => {
+                let mut nsenter = Command::new("nsenter");
+                nsenter.args(["-t", &container.init.to_string(), "-n", "sh", "-c", command]);
+                metrics = text(&run(&mut nsenter, b"", LIMIT).stdout);
+            }
+            Some("journalctl") => log = container.sh(&script),
+            _ if command.contains("--add-user") => {
+                container.sh(&format!("echo open-sesame | {{ {script}; }}"));
+            }
+            _ => drop(container.sh(&script)),
+        }
+        if command.contains("restart") {
+            let connect = |login: &str| format!("s5 connect -z -x {login}@127.0.0.1 127.0.0.1:1080");
+            assert_eq!(container.output(&connect("alice:open-sesame")).status.code(), Some(102));
+            assert_eq!(container.output(&connect("alice:wrong")).status.code(), Some(67));
+        }
+    }
+    assert!(log.contains("user=\"alice\""), "{log}");
+    wait_until("the users are read again", LIMIT, || {
+        container.sh("journalctl -u s5").contains("reload: users: 1, rules: 0")
+    });
+    assert!(metrics.contains("s5_login_failures_total") && metrics.contains("s5_sessions_total{"), "{metrics}");
+    assert_eq!(container.sh("stat -c '%a %U:%G' /etc/s5/users"), "640 root:s5\n");
 }
