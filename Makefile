@@ -106,7 +106,7 @@ test-system: test-programs ## run s5 behind HAProxy, in a booted systemd and so 
 	@missing=; $(call FIND_MISSING,$(SYSTEM_PROGRAMS)); \
 	/usr/bin/python3 -c 'import yaml' 2>/dev/null || missing="$$missing python3-yaml"; \
 	$(INSTALL_MISSING)
-	$(MAKE) --no-print-directory $(SYSTEM_ROOT) deb
+	$(MAKE) --no-print-directory $(SYSTEM_ROOT) deb static
 	S5_TEST_STRICT=1 RUST_TEST_THREADS=1 $(CARGO) test --locked --test system -- --ignored
 
 # DEB_OPTIONS is for cargo-deb, such as --deb-version 0.1.1.

@@ -1,4 +1,5 @@
 //! The Debian package (`make deb`) in a booted systemd: from its installation to its removal, with an upgrade under load.
+//! The static binary (`make static`) in an empty root directory.
 
 use crate::*;
 
@@ -171,4 +172,29 @@ fn readme_commands_install_and_run_a_service() {
     });
     assert!(metrics.contains("s5_login_failures_total") && metrics.contains("s5_sessions_total{"), "{metrics}");
     assert_eq!(container.sh("stat -c '%a %U:%G' /etc/s5/users"), "640 root:s5\n");
+}
+
+#[test]
+#[ignore = "needs the static binary: make test-system"]
+fn static_binary_serves_in_an_empty_root_directory() {
+    let mut make = Command::new("make");
+    let output =
+        run(make.args(["-s", "static"]).current_dir(env!("CARGO_MANIFEST_DIR")), b"", Duration::from_secs(600));
+    let dir = temp_dir();
+    fs::copy(text(&output.stdout).trim(), dir.path().join("s5")).expect("make has built it");
+    let s5 = || {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--root"]).arg(dir.path()).arg("/s5");
+        command
+    };
+    let version = text(&run(s5().args(["--version", "-v"]), b"", LIMIT).stdout);
+    assert!(version.contains("static\nGSSAPI: no") && version.contains("nsswitch: no"), "{version}");
+    let server = Server::start_with(s5().args(["serve", "--listen", "127.0.0.1:0"]), 1);
+    ping(&mut connect_to(&server, echo_server()), b"hello");
+    let gssapi = run(
+        s5().args(["connect", "-zv", "--auth", "gssapi", "-x"]).arg(server.addr().to_string()).arg("a.test:1"),
+        b"",
+        LIMIT,
+    );
+    assert!(text(&gssapi.stderr).contains("a static binary cannot load the library"), "{gssapi:?}");
 }

@@ -350,8 +350,13 @@ fn bind(listen: &str) -> Session {
     Session::new(listen, "bind -x {proxy} -w 6", Peer::Tcp("bound "))
 }
 
+/// Starts a UDP echo server whose port is never one of a server: servers refuse datagrams to their own addresses.
+fn udp_echo_at(ip: IpAddr) -> SocketAddr {
+    udp_echo(UdpSocket::bind((ip, 7)).expect("the port is free in the namespace"))
+}
+
 fn udp(listen: &str, target: IpAddr) -> Session {
-    Session::new(listen, &format!("udp -x {{proxy}} -n 1 -w 2 {}", udp_echo_server(target)), Peer::None)
+    Session::new(listen, &format!("udp -x {{proxy}} -n 1 -w 2 {}", udp_echo_at(target)), Peer::None)
 }
 
 fn forward() -> Session {
@@ -359,7 +364,7 @@ fn forward() -> Session {
 }
 
 fn udp_forward() -> Session {
-    Session::new(LOOPBACK, &format!("udp -x {{proxy}} -w 6 -l 0 {}", udp_echo_server(V4)), Peer::Udp)
+    Session::new(LOOPBACK, &format!("udp -x {{proxy}} -w 6 -l 0 {}", udp_echo_at(V4)), Peer::Udp)
 }
 
 macro_rules! tests {
