@@ -1,12 +1,16 @@
 //! The Debian package (`make deb`) in a booted systemd: from its installation to its removal, with an upgrade under load.
 //! The static binary (`make static`) in an empty root directory.
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::*;
 
 /// Time to boot, and for a command in the container.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A container with systemd. Its changes are in memory. Killed when dropped.
+///
+/// Its systemd is process 1 of its namespace, so all others end with it. It outlives systemd-nspawn(1).
 struct Container {
     _nspawn: ProcessGroup,
     /// The process id of its systemd.
@@ -53,6 +57,14 @@ impl Container {
 
     fn main_pid(&self) -> String {
         self.sh("systemctl show -P MainPID s5")
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        if let Some(init) = i32::try_from(self.init).ok().and_then(Pid::from_raw) {
+            let _ = kill_process(init, Signal::KILL);
+        }
     }
 }
 

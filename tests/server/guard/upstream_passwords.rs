@@ -114,9 +114,10 @@ fn reload_reads_passwords_of_hops_again() {
 #[test]
 fn password_file_of_hops_may_be_stdin_which_is_read_once() {
     let (_dir, hop) = hop();
-    let command = "printf 'alice:secret\\n' | exec \"$0\" serve --listen 127.0.0.1:0 --proxy-auth-file - --via \"$1\"";
+    let serve = "exec \"$0\" serve --listen 127.0.0.1:0 --proxy-auth-file - --via \"$1\"";
+    let command = format!("{serve} <<END\nalice:secret\nEND");
     let mut shell = Command::new("sh");
-    shell.args(["-c", command, env!("CARGO_BIN_EXE_s5"), &format!("alice@{}", hop.addr())]);
+    shell.args(["-c", &command, env!("CARGO_BIN_EXE_s5"), &format!("alice@{}", hop.addr())]);
     shell.env_remove("S5_PROXY_AUTH");
     let server = Server::start_with(&mut shell, 1);
     let target = echo_server().to_string();
