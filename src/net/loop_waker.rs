@@ -32,6 +32,10 @@ impl LoopWaker {
         self.state.swap(AWAKE, Ordering::SeqCst);
     }
 
+    pub(super) fn is_woken(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == WOKEN
+    }
+
     /// Enters the sleeping state. Returns false if the loop has been woken.
     pub(super) fn try_sleep(&self) -> bool {
         self.state.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok()

@@ -235,7 +235,7 @@ impl Reactor {
     fn run_once(&self, loop_waker: &LoopWaker, batch: &mut Batch) -> io::Result<()> {
         batch.wakers.append(&mut self.deferred.borrow_mut());
         self.socket_count.borrow().store(self.sockets.borrow().len(), Ordering::Relaxed);
-        if batch.wakers.is_empty() && batch.events.len() > 1 {
+        if batch.wakers.is_empty() && batch.events.len() > 1 && !loop_waker.is_woken() {
             self.yield_core();
         }
         let timeout =

@@ -12,9 +12,12 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use smol::LocalExecutor;
+use futures_lite::FutureExt as _;
+use futures_lite::future::yield_now;
 use smol::channel::{self, Receiver, Sender};
+use smol::{LocalExecutor, Task};
 
 use crate::counters;
 use crate::net::reactor;
@@ -22,26 +25,73 @@ use crate::net::reactor;
 /// A worker passes a new connection on if it has over twice the sockets of the least loaded worker plus this many.
 const SOCKET_SURPLUS: usize = 64;
 
+/// Time for tasks other than tunnels before the events of tunnels are looked for again.
+const MIN_TURN: Duration = Duration::from_micros(100);
+
 thread_local! {
-    /// Index and executor of the worker of this thread. Weak: `Worker::run` owns the executor.
-    static THIS: RefCell<(usize, Weak<LocalExecutor<'static>>)> = RefCell::default();
+    /// Index and tasks of the worker of this thread. Weak: `Worker::run` owns the tasks.
+    static THIS: RefCell<(usize, Weak<Tasks>)> = RefCell::default();
     /// Set when the remaining tasks of this thread are being dropped.
     static IS_ENDING: Cell<bool> = const { Cell::new(false) };
 }
 
 type Job = Box<dyn FnOnce() + Send>;
 
+/// The tasks of a worker. Tunnels run before all others, so that many new sessions do not slow them.
+#[derive(Default)]
+struct Tasks {
+    tunnels: LocalExecutor<'static>,
+    others: LocalExecutor<'static>,
+}
+
 /// Spawns a task on the worker of this thread.
 pub(super) fn spawn(task: impl Future<Output = ()> + 'static) {
-    // The executor is dropped only when the worker ends.
-    if let Some(executor) = THIS.with_borrow(|(_, executor)| executor.upgrade()) {
-        executor.spawn(task).detach();
+    // Dropped only when the worker ends.
+    if let Some(tasks) = THIS.with_borrow(|(_, tasks)| tasks.upgrade()) {
+        tasks.others.spawn(task).detach();
     }
 }
 
-/// Like [`spawn`], for tasks that are rare. Each type of a task takes 2 KB of code, and boxed ones have the same type.
+/// Like [`spawn`], for the task of a tunnel.
+pub(super) fn spawn_tunnel(task: impl Future<Output = ()> + 'static) {
+    if let Some(tasks) = THIS.with_borrow(|(_, tasks)| tasks.upgrade()) {
+        tasks.tunnels.spawn(task).detach();
+    }
+}
+
+/// For tasks that are rare: each type of a task takes 2 KB of code, and boxed ones have the same type.
+pub(super) type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
+
+/// Like [`spawn`], for tasks that are rare.
 pub(super) fn spawn_boxed(task: impl Future<Output = ()> + 'static) {
-    spawn(Box::pin(task) as Pin<Box<dyn Future<Output = ()>>>);
+    spawn(Box::pin(task) as BoxedTask);
+}
+
+impl Tasks {
+    /// Runs the tasks until `last` ends. It is one of the others.
+    async fn run_until(&self, last: Task<()>) {
+        while !last.is_finished() {
+            self.tunnels.tick().or(self.others.tick()).await;
+            if !self.run_turn() {
+                // Events of tunnels come first.
+                yield_now().await;
+            }
+        }
+    }
+
+    /// Runs the tunnels, and then the others for as long as the tunnels took, but at least for [`MIN_TURN`]. Returns
+    /// false if some are left.
+    fn run_turn(&self) -> bool {
+        let began = Instant::now();
+        while self.tunnels.try_tick() {}
+        let tunnel_time = began.elapsed();
+        while self.others.try_tick() {
+            if began.elapsed() > tunnel_time + MIN_TURN.max(tunnel_time) {
+                return false;
+            }
+        }
+        true
+    }
 }
 
 /// Returns true in a task that is dropped before its end, because the worker of this thread ends.
@@ -145,7 +195,7 @@ impl WorkerPool {
                 spawn(async move {
                     call();
                     // Tasks run in the order of their wake-ups, so this one continues after all of them.
-                    smol::future::yield_now().await;
+                    yield_now().await;
                     drop(done);
                 });
             });
@@ -218,18 +268,18 @@ impl Worker {
     fn run(self) -> io::Result<()> {
         reactor::run(async {
             // Dropped at the end, which closes the remaining sessions.
-            let executor = Rc::new(LocalExecutor::new());
-            THIS.set((self.index, Rc::downgrade(&executor)));
+            let tasks = Rc::new(Tasks::default());
+            THIS.set((self.index, Rc::downgrade(&tasks)));
             counters::set_worker(self.index);
             reactor::publish_socket_count(self.socket_count);
             let _ = self.reports.try_send(WorkerReport::Started);
-            let jobs = executor.spawn(async move {
+            let jobs = tasks.others.spawn(async move {
                 while let Ok(job) = self.inbox.recv().await {
                     job();
                 }
             });
             // A panic ends only its own session: the executor catches it, and the panic hook has logged it.
-            executor.run(jobs).await;
+            tasks.run_until(jobs).await;
             IS_ENDING.set(true);
             Ok(())
         })?
