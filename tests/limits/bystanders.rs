@@ -274,3 +274,28 @@ fn tunnels_run_before_other_tasks_of_a_server_that_computes_all_the_time() {
         run(&lab, echo, ATTACKS[3], MAX_ON_OWN_CORE)
     });
 }
+
+/// With 20,000 descriptors, a server has 9,000 sessions, and at most half of them are unfinished handshakes.
+#[test]
+fn new_clients_are_served_beside_4000_idle_tunnels_and_4000_unfinished_handshakes() {
+    enter_namespace!("", &resolv());
+    if !raise_fd_limit(20_000) {
+        return skip("too few descriptors");
+    }
+    let _machine = lock_machine();
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &crate::login_memory::users_text());
+    let (lab, echo) = (Lab::start(&users), echo_server());
+    let mut other = Other::connect(&lab.server, echo);
+    let quiet = other.measure();
+    let (_, _, step) = ATTACKS[5];
+    let mut held = Vec::new();
+    (0..8000).for_each(|_| step(&lab, &mut held).expect("connected"));
+    wait_until("12,000 descriptors in use", TIMEOUT, || lab.server.descriptors() >= 12_000);
+    try_three_times(|| {
+        let [round_trip, new_client] = other.measure();
+        eprintln!("quiet {quiet:?}, now {round_trip:?} and {new_client:?}");
+        ensure(round_trip <= quiet[0] * MAX_FACTOR, || format!("round trip {round_trip:?}, quiet {:?}", quiet[0]))?;
+        ensure(new_client <= MAX_NEW_CLIENT, || format!("new client {new_client:?}"))
+    });
+}

@@ -30,7 +30,7 @@ fn lock_machine() -> MutexGuard<'static, ()> {
 }
 
 /// Runs a measurement up to three times until it succeeds, because other programs may disturb it.
-fn try_three_times(attempt: impl Fn() -> Result<(), String>) {
+fn try_three_times(mut attempt: impl FnMut() -> Result<(), String>) {
     let mut errors = Vec::new();
     while let Err(error) = attempt() {
         eprintln!("attempt failed: {error}");
