@@ -28,7 +28,7 @@ use crate::net::OutboundOptions;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{DEFAULT_PORT, Method, PortRange, ProtectionLevel};
-use crate::server::{self, AccessLog, Filtering, Hop, InheritedSocket, ListenAddr, Options, Quotas, RunAs};
+use crate::server::{self, AccessLog, Filtering, Hop, ListenAddr, Options, Quotas, RunAs};
 use hops::HopSources;
 use load::{PolicySources, RuleOption};
 use values::{
@@ -330,7 +330,7 @@ impl ServeArgs {
         let has_users = self.users.is_some() || user_entry.is_some();
         let methods = accepted_methods(self.auth.as_deref(), has_users, has_gssapi)?;
         let sources = self.policy_sources(methods, user_entry)?;
-        let inherited = InheritedSocket::take_all(!self.listen.is_empty()).map_err(CliError::usage)?;
+        let inherited = server::inherited_listeners(!self.listen.is_empty()).map_err(CliError::usage)?;
         let (policy, proxies) = sources.load()?;
         if !self.no_sandbox {
             server::close_inherited_descriptors();

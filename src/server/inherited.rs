@@ -2,94 +2,86 @@
 
 use std::env::VarError;
 use std::fmt;
+use std::iter::repeat;
 use std::os::fd::RawFd;
 use std::str::FromStr;
+use std::sync::atomic::Ordering;
 
 use socket2::{Domain, Socket, Type};
 
-use crate::net::{MAX_DESCRIPTORS, receive_descriptors, take_descriptor};
+use super::listen::{KEEP_SOCKET_FILES, Listener};
+use crate::net::{MAX_DESCRIPTORS, receive_descriptors, set_tcp_options, take_descriptor};
 
 /// The first descriptor of LISTEN_FDS.
 const FIRST_DESCRIPTOR: RawFd = 3;
 /// Set for a process that replaces another one, to which its stdin is connected.
 pub(super) const SUCCESSOR: &str = "S5_RESTART";
 
-/// A listening socket that another process has opened.
-#[derive(Debug)]
-pub struct InheritedSocket {
-    pub(super) socket: Socket,
-    /// Name in LISTEN_FDNAMES, for the log. Empty if the variable is not set.
-    pub(super) name: String,
-    /// Set if s5 has created the file of a Unix socket, and has to remove it.
-    pub(super) owns_file: bool,
-}
-
 /// Returns true if this process replaces another one.
 pub fn is_successor() -> bool {
     std::env::var_os(SUCCESSOR).is_some()
 }
 
-impl InheritedSocket {
-    /// Takes the sockets of the process that this one replaces, or those of systemd. `has_listen`: the command line has
-    /// addresses to listen on.
-    ///
-    /// # Errors
-    /// A variable is invalid, or a descriptor is not a listening TCP or Unix socket. The message names it.
-    pub fn take_all(has_listen: bool) -> Result<Vec<Self>, String> {
-        if !is_successor() {
-            let mut sockets = Self::from_systemd()?;
-            if has_listen && !sockets.is_empty() {
-                log::warn!("the sockets of LISTEN_FDS are not used, because --listen is given");
-                sockets.clear();
-            }
-            return Ok(sockets);
-        }
-        let mut sockets = Self::from_predecessor(has_listen)?;
-        if let Ok(names) = names(sockets.len()).map(|names| names.into_iter().filter(|_| !has_listen)) {
-            sockets.iter_mut().zip(names).for_each(|(socket, name)| socket.name = name);
-        }
-        Ok(sockets)
+/// Takes the sockets of the process that this one replaces, or those of systemd. `has_listen`: the command line has
+/// addresses to listen on.
+///
+/// # Errors
+/// A variable is invalid, or a descriptor is not a listening TCP or Unix socket. The message names it.
+pub fn inherited_listeners(has_listen: bool) -> Result<Vec<Listener>, String> {
+    if is_successor() {
+        return from_predecessor(has_listen);
     }
-
-    /// Takes the next message of the process that this one replaces: first its listeners, then those for metrics.
-    pub(super) fn from_predecessor(owns_file: bool) -> Result<Vec<Self>, String> {
-        let error = |error| format!("{SUCCESSOR}: {error} (only s5 itself sets this variable)");
-        let sockets = receive_descriptors(std::io::stdin()).map_err(error)?;
-        let new = |socket| Self { socket: Socket::from(socket), name: String::new(), owns_file };
-        Ok(sockets.into_iter().map(new).collect())
+    let mut listeners = from_systemd()?;
+    if has_listen && !listeners.is_empty() {
+        log::warn!("the sockets of LISTEN_FDS are not used, because --listen is given");
+        listeners.clear();
     }
+    Ok(listeners)
+}
 
-    /// Takes the sockets of LISTEN_FDS. Logs a warning and takes none if they are for another process.
-    fn from_systemd() -> Result<Vec<Self>, String> {
-        let own_pid = std::process::id();
-        let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok(Vec::new()) };
-        let pid = number::<u32>("LISTEN_PID")?;
-        if pid != Some(own_pid) {
-            let pid = pid.map_or("not set".into(), |pid| pid.to_string());
-            log::warn!("LISTEN_FDS is ignored: it is for another process (LISTEN_PID is {pid}, this one is {own_pid})");
-            return Ok(Vec::new());
-        }
-        if !(1..=MAX_DESCRIPTORS).contains(&count) {
-            return Err(format!("LISTEN_FDS: expected a number from 1 to {MAX_DESCRIPTORS}, found {count}"));
-        }
-        let names = names(count)?;
-        let own = |(number, name)| Self::take(number, name).map_err(|error| format!("LISTEN_FDS: {error}"));
-        (FIRST_DESCRIPTOR..).zip(names).map(own).collect()
+/// Takes the next message of the process that this one replaces: first its listeners, then those for metrics.
+/// `owns_files`: s5 has created them; the others are of systemd.
+pub(super) fn from_predecessor(owns_files: bool) -> Result<Vec<Listener>, String> {
+    let error = |error| format!("{SUCCESSOR}: {error} (only s5 itself sets this variable)");
+    KEEP_SOCKET_FILES.store(true, Ordering::Relaxed);
+    let sockets = receive_descriptors(std::io::stdin()).map_err(error)?;
+    let names = names(sockets.len()).ok().filter(|_| !owns_files).unwrap_or_default();
+    let named = sockets.into_iter().zip(names.into_iter().chain(repeat(String::new())));
+    named.map(|(socket, name)| Listener::new(socket.into(), &name, owns_files).map_err(error)).collect()
+}
+
+/// Takes the sockets of LISTEN_FDS. Logs a warning and takes none if they are for another process.
+fn from_systemd() -> Result<Vec<Listener>, String> {
+    let own_pid = std::process::id();
+    let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok(Vec::new()) };
+    let pid = number::<u32>("LISTEN_PID")?;
+    if pid != Some(own_pid) {
+        let pid = pid.map_or("not set".into(), |pid| pid.to_string());
+        log::warn!("LISTEN_FDS is ignored: it is for another process (LISTEN_PID is {pid}, this one is {own_pid})");
+        return Ok(Vec::new());
     }
+    if !(1..=MAX_DESCRIPTORS).contains(&count) {
+        return Err(format!("LISTEN_FDS: expected a number from 1 to {MAX_DESCRIPTORS}, found {count}"));
+    }
+    let numbered = (FIRST_DESCRIPTOR..).zip(names(count)?);
+    numbered.map(|(number, name)| take(number, &name).map_err(|error| format!("LISTEN_FDS: {error}"))).collect()
+}
 
-    fn take(number: RawFd, name: String) -> Result<Self, String> {
-        let socket = take_descriptor(number).map(Socket::from);
-        let socket = socket.map_err(|error| format!("descriptor {number}: {error}"))?;
-        let is_stream = |domain| matches!(domain, Domain::IPV4 | Domain::IPV6 | Domain::UNIX);
-        let is_listener = socket.domain().is_ok_and(is_stream)
-            && socket.r#type().is_ok_and(|kind| kind == Type::STREAM)
-            && socket.is_listener().unwrap_or_default();
+fn take(number: RawFd, name: &str) -> Result<Listener, String> {
+    let io_error = |error| format!("descriptor {number}: {error}");
+    let socket = take_descriptor(number).map(Socket::from).map_err(io_error)?;
+    let is_stream = |domain| matches!(domain, Domain::IPV4 | Domain::IPV6 | Domain::UNIX);
+    let is_listener = socket.domain().is_ok_and(is_stream)
+        && socket.r#type().is_ok_and(|kind| kind == Type::STREAM)
+        && socket.is_listener().unwrap_or_default();
+    if !is_listener {
         let remedy = "(in the socket unit, set ListenStream=, and not Accept=yes)";
-        match is_listener {
-            true => Ok(Self { socket, name, owns_file: false }),
-            false => Err(format!("descriptor {number} is not a listening TCP or Unix socket {remedy}")),
-        }
+        return Err(format!("descriptor {number} is not a listening TCP or Unix socket {remedy}"));
     }
+    if socket.domain().is_ok_and(|domain| domain != Domain::UNIX) {
+        set_tcp_options(&socket);
+    }
+    socket.set_nonblocking(true).and_then(|()| Listener::new(socket, name, false)).map_err(io_error)
 }
 
 /// Returns the name of each socket.

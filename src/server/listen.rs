@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::inherited::InheritedSocket;
 use crate::client::{parse_addr, parse_port};
 use crate::conn::{DetachedConn, to_canonical_addr};
 use crate::net::{DialError, accept, bind_error, set_tcp_options};
@@ -139,10 +138,9 @@ fn bind_all(addrs: &[SocketAddr]) -> Result<Vec<Listener>, (String, io::Error)> 
         if listeners.iter().any(|listener| listener.addr == Some(addr)) {
             continue;
         }
-        let bound =
-            listen_tcp(addr, true, LISTEN_BACKLOG, |_| Ok(())).and_then(|socket| Ok((socket.local_addr()?, socket)));
-        match bound {
-            Ok((addr, socket)) => listeners.push(Listener::tcp(addr, socket.into())),
+        let bound = listen_tcp(addr, true, LISTEN_BACKLOG, |_| Ok(()));
+        match bound.and_then(|socket| Listener::new(socket.into(), "", false)) {
+            Ok(listener) => listeners.push(listener),
             Err(error) if is_family_unavailable(&error) => unavailable = (addr.to_string(), error),
             Err(error) => return Err((addr.to_string(), error)),
         }
@@ -183,8 +181,7 @@ fn bind_unix(path: &Path) -> io::Result<Listener> {
     }
     let listener = UnixListener::bind(path)?;
     listener.set_nonblocking(true)?;
-    let (text, _path) = (format!("unix:{}", path.display()), Some(SocketPathGuard(path.into())));
-    Ok(Listener { text, _path, addr: None, accepts_ipv4_too: false, socket: listener.into() })
+    Listener::new(OwnedFd::from(listener).into(), "", true)
 }
 
 /// Returns whether a socket file is left over from a process that has ended: only then does connect(2) refuse.
@@ -196,29 +193,27 @@ fn is_stale(path: &Path) -> io::Result<bool> {
 }
 
 /// One listening socket.
-pub(super) struct Listener {
+#[derive(Debug)]
+pub struct Listener {
     /// Address, and name if it has one, for the log.
     text: String,
-    /// Of a Unix socket. The file is removed before the socket closes, because a new server may create its own file
-    /// after that. `None` if another process has created it.
-    _path: Option<SocketPathGuard>,
+    /// File to remove: of a Unix socket that s5 has created.
+    path: Option<PathBuf>,
     /// Of a TCP socket.
     addr: Option<SocketAddr>,
     /// Set for `::` without IPV6_V6ONLY, as systemd opens it.
     accepts_ipv4_too: bool,
-    socket: OwnedFd,
+    socket: Socket,
 }
 
-/// Set when a new process has taken over the sockets, and with them their files.
+/// Set while the files of Unix sockets belong to another process: the one that this one replaces, or its replacement.
 pub(super) static KEEP_SOCKET_FILES: AtomicBool = AtomicBool::new(false);
 
-/// Removes the socket file on drop.
-struct SocketPathGuard(PathBuf);
-
-impl Drop for SocketPathGuard {
+/// Removes the file before the socket closes, because a new server may create its own file after that.
+impl Drop for Listener {
     fn drop(&mut self) {
         if !KEEP_SOCKET_FILES.load(Ordering::Relaxed) {
-            let _ = std::fs::remove_file(&self.0);
+            self.path.iter().for_each(|path| drop(std::fs::remove_file(path)));
         }
     }
 }
@@ -230,13 +225,8 @@ impl fmt::Display for Listener {
 }
 
 impl Listener {
-    fn tcp(addr: SocketAddr, socket: OwnedFd) -> Self {
-        Self { text: addr.to_string(), _path: None, addr: Some(addr), accepts_ipv4_too: false, socket }
-    }
-
-    /// Uses a socket that another process has opened.
-    pub(super) fn inherit(InheritedSocket { socket, name, owns_file }: InheritedSocket) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
+    /// Wraps a non-blocking TCP or Unix socket. `owns_file`: s5 has created the file of a Unix socket.
+    pub(super) fn new(socket: Socket, name: &str, owns_file: bool) -> io::Result<Self> {
         let local = socket.local_addr()?;
         let addr = local.as_socket().map(to_canonical_addr);
         let mut text = match (addr, local.as_pathname(), local.as_abstract_namespace()) {
@@ -249,11 +239,8 @@ impl Listener {
         }
         let is_any_ipv6 = addr.is_some_and(|addr| addr.ip() == Ipv6Addr::UNSPECIFIED);
         let accepts_ipv4_too = is_any_ipv6 && !socket.only_v6()?;
-        if addr.is_some() {
-            set_tcp_options(&socket);
-        }
-        let _path = local.as_pathname().filter(|_| owns_file).map(|path| SocketPathGuard(path.into()));
-        Ok(Self { text, _path, addr, accepts_ipv4_too, socket: socket.into() })
+        let path = local.as_pathname().filter(|_| owns_file).map(PathBuf::from);
+        Ok(Self { text, path, addr, accepts_ipv4_too, socket })
     }
 
     /// Returns the TCP addresses that the socket accepts connections to.

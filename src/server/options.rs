@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-use super::inherited::InheritedSocket;
-use super::listen::ListenAddr;
+use super::listen::{ListenAddr, Listener};
 use super::log_queue::AccessLog;
 use super::run_as::RunAs;
 use super::shares::lock;
@@ -23,7 +22,7 @@ pub struct Options {
     /// Addresses to listen on.
     pub listen: Vec<ListenAddr>,
     /// Sockets to use instead of `listen`, if there are any.
-    pub inherited: Vec<InheritedSocket>,
+    pub inherited: Vec<Listener>,
     /// Address of metrics and health checks.
     pub metrics: Option<ListenAddr>,
     /// Set to let other hosts read the metrics.

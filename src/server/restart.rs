@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{self, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use futures_lite::{AsyncReadExt as _, FutureExt as _};
 use smol::{Async, Timer};
 
 use super::inherited::{SUCCESSOR, is_successor};
-use super::listen::Listener;
+use super::listen::{KEEP_SOCKET_FILES, Listener};
 use crate::net::{receive_descriptors, send_descriptors};
 
 /// Argument with which s5 is the helper.
@@ -145,6 +146,7 @@ pub(super) fn take_over() -> io::Result<()> {
         // If the old process is stuck, both accept.
         let _ = control.read_exact(&mut [0]);
         rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+        KEEP_SOCKET_FILES.store(false, Ordering::Relaxed);
     }
     Ok(())
 }

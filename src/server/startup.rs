@@ -5,7 +5,7 @@ use std::mem::take;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use super::inherited::{InheritedSocket, is_successor};
+use super::inherited::{from_predecessor, is_successor};
 use super::listen::{ListenAddr, Listener};
 use super::local_addr::is_local;
 use super::options::Options;
@@ -34,7 +34,7 @@ impl ServerError {
 
 /// Checks what [`run`](super::run) checks, and enters the same sandbox, but opens no port.
 pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError> {
-    let inherited = if options.inherited.is_empty() { Vec::new() } else { open_listeners(&mut options)? };
+    let inherited = take(&mut options.inherited);
     let mut addrs: Vec<SocketAddr> = inherited.iter().flat_map(Listener::addrs).collect();
     for listen in options.listen.iter().filter(|_| inherited.is_empty()) {
         addrs.extend(listen.resolve().map_err(ServerError::io(format!("listen on {listen}")))?);
@@ -69,12 +69,10 @@ pub(super) fn prepare(
 
 /// Opens the sockets of the options.
 pub(super) fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, ServerError> {
-    let inherited = take(&mut options.inherited);
-    if !inherited.is_empty() {
-        let inherit = |socket| Listener::inherit(socket).map_err(ServerError::io("use a socket of LISTEN_FDS"));
-        return inherited.into_iter().map(inherit).collect();
+    match take(&mut options.inherited) {
+        inherited if inherited.is_empty() => bind_all(&options.listen, "--listen"),
+        inherited => Ok(inherited),
     }
-    bind_all(&options.listen, "--listen")
 }
 
 /// Binds the addresses of an option.
@@ -94,8 +92,7 @@ pub(super) fn open_metrics(options: &Options) -> Result<Vec<Listener>, ServerErr
     if !is_successor() {
         return bind_all(&options.metrics, "--metrics");
     }
-    let sockets = InheritedSocket::from_predecessor(true).map_err(ServerError::Config)?;
-    sockets.into_iter().map(|socket| Listener::inherit(socket).map_err(ServerError::io("use a socket"))).collect()
+    from_predecessor(true).map_err(ServerError::Config)
 }
 
 /// Returns the wildcard addresses of IPv6 whose port does not accept IPv4: other programs accept both there.

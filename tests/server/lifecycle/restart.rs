@@ -143,8 +143,10 @@ fn server_continues_if_the_new_process_fails_and_logs_what_it_said() {
     let program = dir.path().join("s5");
     fs::copy(s5().get_program(), &program).expect("copied");
     let mut command = Command::new(&program);
+    let unix_path = dir.path().join("socket");
     command.args(["serve", "--listen", "127.0.0.1:0", "--rules", &rules]);
-    let server = Server::start_with(&mut command, 1);
+    command.arg("--listen").arg(format!("unix:{}", unix_path.display()));
+    let server = Server::start_with(&mut command, 2);
     let fails = |expected: &str| {
         let failures = |log: &str| log.matches("; this process goes on\n").count();
         let before = failures(&server.log());
@@ -153,6 +155,7 @@ fn server_continues_if_the_new_process_fails_and_logs_what_it_said() {
         let line = failure(&server);
         assert!(line.starts_with(&format!("{}: ", program.display())) && line.contains(expected), "{line}");
         use_once(server.connect(), echo_server()).expect("still served");
+        use_once(unix::UnixStream::connect(&unix_path).expect("still there"), echo_server()).expect("still served");
     };
     fs::write(&rules, "alow\n").expect("written");
     fails(&format!(": {rules}: line 1: expected \"allow\" or \"deny\""));
