@@ -5,8 +5,6 @@
 //! nor an ICMP message can end an association.
 
 mod client_socket;
-mod control;
-mod drop_log;
 mod egress;
 mod name_cache;
 mod sent_to;
@@ -25,7 +23,7 @@ use std::time::Instant;
 use super::options::Filtering;
 use super::policy_handle::Denial;
 use super::reply::{SessionError, SessionResult};
-use super::session_log::{with_addr, with_target};
+use super::session_log::{DropLog, with_addr, with_target};
 use super::state::Session;
 use crate::conn::Conn;
 use crate::counters::Counter::{
@@ -36,8 +34,7 @@ use crate::net::{GsoBatch, IdleTimer, RateLimit, RecvBatch, canonical, wake_late
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Datagram, Host, HostName};
 use crate::reassembly::Reassembler;
-use client_socket::ClientSocket;
-use drop_log::DropLog;
+use client_socket::{ClientSocket, wait_for_end};
 use egress::{Egress, OutboundSocket};
 use name_cache::{NameCache, Resolved};
 use upstream::open_only_route;
@@ -90,7 +87,7 @@ struct AssociationRelay<'a> {
 impl AssociationRelay<'_> {
     /// Relays until the association ends. Returns `None` when the client closes the control connection, else an error.
     async fn run(mut self, control: &mut Conn) -> Option<String> {
-        let mut ended = pin!(control::wait_for_end(control));
+        let mut ended = pin!(wait_for_end(control));
         let mut timer = IdleTimer::default();
         let ended = poll_fn(|cx| {
             if let Poll::Ready(reason) = ended.as_mut().poll(cx) {

@@ -63,7 +63,7 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr, rou
     let (peer, addr) = accepted?;
     session.log_route(route, None, peer.local_addr());
     session.log.set_addr(addr);
-    session.log.log_connect();
+    session.log.log_progress("connect");
     session.reply_success(client, addr.into(), || Some(addr)).await?;
     Ok(peer)
 }
@@ -87,7 +87,7 @@ async fn bind_via_hop(
     let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("the peer's address is a name")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
     session.log.set_addr(addr);
-    session.log.log_connect();
+    session.log.log_progress("connect");
     session.authorize(&with_addr(session.log.access_request(), addr))?;
     session.reply_success(client, peer, || Some(addr)).await?;
     Ok(conn)

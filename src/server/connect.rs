@@ -46,7 +46,7 @@ pub(super) async fn serve(
     if let Some(addr) = addr {
         session.log.set_addr(addr);
     }
-    session.log.log_connect();
+    session.log.log_progress("connect");
     session.reply_success(client, bnd, || target.peer_addr().filter(|_| hop.is_none())).await?;
     Ok(target)
 }

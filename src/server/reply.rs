@@ -9,6 +9,9 @@ use crate::proto::{Addr, Host, Message, Rep, Reply};
 
 pub(super) type SessionResult<T> = Result<T, SessionError>;
 
+/// Start of the error of a failed login. fail2ban filters match it.
+pub(super) const LOGIN_REFUSED: &str = "login refused";
+
 /// The reason why a session failed, and the reply to the client.
 #[derive(Debug)]
 pub(super) struct SessionError {
@@ -63,6 +66,11 @@ impl SessionError {
 
     pub(super) fn with_message(message: &impl Message, reason: impl ToString) -> Self {
         Self { reply: message.encode(), ..Self::silent(reason) }
+    }
+
+    /// Refuses a login. `detail` follows the text that fail2ban filters match.
+    pub(super) fn login_refused(message: &impl Message, detail: &str) -> Self {
+        Self { topic: Topic::Login, ..Self::with_message(message, format!("{LOGIN_REFUSED}{detail}")) }
     }
 
     /// Closes the connection without a message.

@@ -5,25 +5,24 @@
 
 use std::cell::Cell;
 use std::future::pending;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::dispatch::dispatch;
 use super::handshakes::HandshakeGuard;
-use super::log_shares::in_session;
+use super::log_shares::{Topic, in_session, set_current_client};
 use super::passwords::Login;
-use super::reply::{SessionError, SessionResult};
-use super::session_log::LOGIN_REFUSED;
-use super::state::{Session, unless};
+use super::reply::{LOGIN_REFUSED, SessionError, SessionResult};
+use super::state::{Session, SessionPermit, unless};
 use super::tunnel::Tunnel;
-use super::worker;
+use super::{association, bind, connect, worker};
 use crate::conn::{Conn, DetachedConn, Protection, ReadError};
 use crate::counters::Histogram;
 use crate::gssapi::GssapiError;
 use crate::net::timeout_at;
 use crate::proto::{
-    Credentials, Frame, Greeting, LoginStatus, Method, MethodSelection, OtherProtocol, ProtocolError, ProxyHeader,
-    Request,
+    Command, Credentials, Frame, Greeting, LoginStatus, Method, MethodSelection, OtherProtocol, ProtocolError,
+    ProxyHeader, Request,
 };
 
 /// Starts a session on the worker of this thread. One task runs the handshake. Another one runs the tunnel after that,
@@ -35,15 +34,9 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
     };
     worker::spawn(in_session(session.log.id, session.log.client_key(), async move {
         let deadline = Instant::now() + session.server().options.handshake_timeout;
-        if session.server().options.is_balancer(session.log.client()) {
-            // Boxed: other clients take no memory for it.
-            let identified = Box::pin(session.identify_client(&mut conn, &handshake, deadline));
-            if let Err(error) = unless(replaced(Some(&handshake)), identified).await {
-                return session.log.set_error_of(error.topic, error.reason);
-            }
-        }
         let mut handshake = Some(handshake);
-        let result = match unless(replaced(handshake.as_ref()), session.log_in(&mut conn, deadline)).await {
+        let logged_in = session.log_in(&mut conn, handshake.as_ref(), deadline);
+        let result = match unless(replaced(handshake.as_ref()), logged_in).await {
             Ok(mut login) => {
                 if let Some(protection) = login.protection.take() {
                     conn = conn.protect(protection);
@@ -112,7 +105,16 @@ impl Authenticated {
 
 impl Session {
     /// Selects a method and authenticates the client until `deadline`.
-    async fn log_in(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
+    async fn log_in(
+        &mut self,
+        conn: &mut Conn,
+        handshake: Option<&HandshakeGuard>,
+        deadline: Instant,
+    ) -> SessionResult<Authenticated> {
+        if self.server().options.is_balancer(self.log.client()) {
+            // Boxed: other clients take no memory for it.
+            Box::pin(self.identify_client(conn, handshake, deadline)).await?;
+        }
         let has_sent = Cell::new(false);
         let selected = timeout_at(deadline, self.select_method(conn, || has_sent.set(true))).await;
         let selected = selected.unwrap_or_else(|| Err(self.timed_out()));
@@ -128,14 +130,15 @@ impl Session {
             Method::GSSAPI => Box::pin(self.accept_gssapi(conn, deadline)).await,
             Method::NONE => {
                 self.log.method = Some(method);
-                self.log.log_login();
+                self.log.log_progress("login");
                 Ok(Authenticated { deadline, protection: None, is_stream_allowed: true })
             }
             _ => Err(not_configured()),
         }
     }
 
-    /// Executes the request. Returns the connection to relay with, or `None` after an association.
+    /// Authorizes and executes the request. Returns the connection to relay with, or `None` at the end of an association.
+    /// CONNECT and BIND require `is_stream_allowed`.
     async fn serve_request(
         &mut self,
         conn: &mut Conn,
@@ -146,11 +149,67 @@ impl Session {
         self.log.dst = Some(request.dst.clone());
         self.log.log_request();
         Histogram::Handshake.observe(self.log.elapsed());
-        dispatch(self, conn, request, is_stream_allowed).await
+        self.policy = self.server().policy.current();
+        self.log.policy_generation.set(self.policy.generation);
+        let route = self.policy.authorize(&self.log.access_request())?;
+        if let Some(user) = &self.log.user
+            && !self.permit.admit_user(user)
+        {
+            return Err(SessionError::not_allowed("session limit of this user reached (raise --max-per-user)"));
+        }
+        if !is_stream_allowed && request.command != Command::UdpAssociate {
+            let reason = "GSSAPI context has no replay and sequence detection (required by RFC 1961 for TCP)";
+            return Err(SessionError::not_allowed(reason));
+        }
+        let dst = &request.dst;
+        match request.command {
+            Command::Connect => connect::serve(self, conn, dst, route).await.map(Some),
+            // The rarer commands are boxed: their futures are larger than that of CONNECT.
+            Command::Bind => Box::pin(bind::serve(self, conn, dst, route)).await.map(Some),
+            Command::UdpAssociate => Box::pin(association::serve(self, conn, dst)).await.map(|()| None),
+        }
     }
 
     fn timed_out(&self) -> SessionError {
         SessionError::silent(format!("handshake timed out after {:?}", self.server().options.handshake_timeout))
+    }
+
+    /// Reads the header of the PROXY protocol, and does what is done at accept for other clients. Until the client is
+    /// known, the connection counts against nobody.
+    pub(super) async fn identify_client(
+        &mut self,
+        conn: &mut Conn,
+        handshake: Option<&HandshakeGuard>,
+        deadline: Instant,
+    ) -> SessionResult<()> {
+        if let Some(client) = self.read_proxy_header(conn, deadline).await? {
+            self.log.set_forwarded_client(client);
+        }
+        let key = self.log.client_key();
+        set_current_client(key);
+        handshake.iter().for_each(|handshake| handshake.assign(key));
+        let SessionPermit { server, share, .. } = &mut self.permit;
+        if !server.limiter.admit_client(share, self.log.client()) {
+            return Err(SessionError::silent("limit of connections of this client reached").quiet());
+        }
+        self.check_client()
+    }
+
+    /// Returns the client in the header. `None`: the balancer itself.
+    async fn read_proxy_header(&self, conn: &mut Conn, deadline: Instant) -> SessionResult<Option<SocketAddr>> {
+        let too_slow = || format!("no complete PROXY header within {:?}", self.server().options.handshake_timeout);
+        let header = timeout_at(deadline, conn.read_message()).await.ok_or_else(|| SessionError::silent(too_slow()))?;
+        let ProxyHeader { client } = header.map_err(|error| match &error {
+            // A health check that only connects.
+            ReadError::Closed(begun, _) if begun.is_empty() => SessionError::silent(error).quiet(),
+            ReadError::Protocol(_, bytes) if !ProxyHeader::is_start(bytes) => SessionError::silent(format!(
+                "{error} (let the load balancer send it, or remove the address from --proxy-protocol-from)"
+            )),
+            _ => SessionError::silent(format!("PROXY header: {error}")),
+        })?;
+        // A loopback address of another host gives no access to that of this one.
+        let is_local = self.log.client().is_none_or(|balancer| balancer.ip().is_loopback());
+        Ok(client.filter(|client| is_local || !client.ip().is_loopback()))
     }
 
     async fn select_method(&self, conn: &mut Conn, on_receipt: impl Fn()) -> SessionResult<Method> {
@@ -185,16 +244,16 @@ impl Session {
         }
         let (server, started) = (self.server(), Instant::now());
         let verify = async {
-            let on_refused = || self.log.set_error(LOGIN_REFUSED);
+            let on_refused = || self.log.set_error_of(Topic::Login, LOGIN_REFUSED);
             let verified = server.logins.verify(&server.policy, login, deadline, on_refused).await;
             verified.ok_or_else(|| SessionError::silent("password not checked in time: too many logins wait"))
         };
         let Some(policy) = self.cancellable(conn, verify).await? else {
-            return Err(SessionError::with_message(&LoginStatus::FAILURE, LOGIN_REFUSED));
+            return Err(SessionError::login_refused(&LoginStatus::FAILURE, ""));
         };
         self.policy = policy;
         self.log.method = Some(Method::PASSWORD);
-        self.log.log_login();
+        self.log.log_progress("login");
         // The time of the verification, with the wait for a turn, does not count.
         let deadline = deadline + started.elapsed();
         let sent = timeout_at(deadline, conn.write_message(&LoginStatus::SUCCESS)).await;
@@ -205,23 +264,23 @@ impl Session {
     /// Establishes a security context (RFC 1961). A timeout ends it with an abort message (section 3.8).
     async fn accept_gssapi(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
         let acceptor = self.server().options.gssapi_acceptor.as_ref().ok_or_else(not_configured)?;
-        let abort = |error| SessionError::with_message(&Frame::Abort, error);
         // Cancelled if the client leaves while it waits.
         let thread = async |conn: &Conn| {
             let thread = self.server().logins.threads.acquire(self.log.client_key());
             self.cancellable(conn, async { Ok(thread.await) }).await.map_err(|error| error.reason)
         };
         let accepted = timeout_at(deadline, acceptor.accept(conn, thread)).await;
-        let accepted = match accepted.ok_or_else(|| abort(self.timed_out().reason))? {
-            Ok(accepted) => accepted,
-            Err(error @ GssapiError::Refused(_)) => return Err(SessionError::silent(error)),
-            // Not delayed: a ticket cannot be guessed.
-            Err(error) => return Err(abort(format!("{LOGIN_REFUSED} ({error})"))),
-        };
+        let accepted =
+            match accepted.ok_or_else(|| SessionError::with_message(&Frame::Abort, self.timed_out().reason))? {
+                Ok(accepted) => accepted,
+                Err(error @ GssapiError::Refused(_)) => return Err(SessionError::silent(error)),
+                // Not delayed: a ticket cannot be guessed.
+                Err(error) => return Err(SessionError::login_refused(&Frame::Abort, &format!(" ({error})"))),
+            };
         self.log.method = Some(Method::GSSAPI);
         self.log.user = Some(Box::new(accepted.user.into()));
         self.log.level = accepted.level;
-        self.log.log_login();
+        self.log.log_progress("login");
         let is_stream_allowed = accepted.detects_reordering || accepted.protection.is_none();
         Ok(Authenticated { deadline, protection: accepted.protection, is_stream_allowed })
     }

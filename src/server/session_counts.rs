@@ -1,15 +1,16 @@
 //! Counts of sessions: those that begin and end, and their results by command, method and REP, a fixed number of
-//! combinations.
+//! combinations. When half of the sessions have ended, their memory is returned to the kernel.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{LazyLock, OnceLock};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use smol::channel::{Receiver, Sender, bounded};
 
-use super::free_memory::FREE_MEMORY;
 use crate::counters::{self, Counter, RESULTS};
+use crate::gssapi::ffi;
 use crate::proto::{Command, Method, Rep};
 
 /// The names in the order of their codes. `-`: the session ended before.
@@ -20,13 +21,25 @@ const REPS: [&str; 11] = ["-", "0", "1", "2", "3", "4", "5", "6", "7", "8", "oth
 
 const _: () = assert!(COMMANDS.len() * METHODS.len() * REPS.len() == RESULTS);
 
+/// Minimum number of ended sessions. Fewer do not have enough memory to be worth the time.
+const MIN_ENDED: usize = 64;
+/// Time from the end of a session to the return of memory: more sessions may end in it. The return can take
+/// milliseconds.
+const FREE_DELAY: Duration = Duration::from_secs(1);
+
+/// Number of open sessions, and the maximum since memory was returned last.
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+/// Set while a thread returns memory.
+static IS_FREEING: AtomicBool = AtomicBool::new(false);
+
 /// Set if [`changes`] is used: receives a message when a session begins or ends, unless one waits.
 static CHANGED: OnceLock<Sender<()>> = OnceLock::new();
 
 /// Counts a new session. Returns its number; after 2^32 sessions, the numbers repeat.
 pub(super) fn begin() -> u32 {
     static LAST: AtomicU32 = AtomicU32::new(0);
-    FREE_MEMORY.count_session();
+    PEAK.fetch_max(OPEN.fetch_add(1, Relaxed) + 1, Relaxed);
     counters::count(Counter::Sessions);
     counters::count(Counter::OpenSessions);
     report_change();
@@ -41,9 +54,24 @@ pub(super) fn uptime_us() -> u64 {
 
 /// Counts the end of a session.
 pub(super) fn end() {
-    FREE_MEMORY.count_end();
     counters::add(Counter::OpenSessions, u64::MAX);
     report_change();
+    let open = OPEN.fetch_sub(1, Relaxed) - 1;
+    let ended = PEAK.load(Relaxed).saturating_sub(open);
+    if ended >= open.max(MIN_ENDED) && !IS_FREEING.swap(true, Relaxed) {
+        // Without a thread, the next end of a session tries again.
+        let thread = thread::Builder::new().name("s5-free-memory".into()).spawn(free_memory);
+        IS_FREEING.fetch_and(thread.is_ok(), Relaxed);
+    }
+}
+
+/// Returns the memory of ended sessions to the kernel. The allocator keeps free memory below any block that is in use.
+/// Otherwise most memory of many sessions would stay with the process after their end.
+fn free_memory() {
+    thread::sleep(FREE_DELAY);
+    PEAK.store(OPEN.load(Relaxed), Relaxed);
+    IS_FREEING.store(false, Relaxed);
+    ffi::release_free_memory();
 }
 
 fn report_change() {

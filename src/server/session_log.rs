@@ -9,7 +9,7 @@ use std::fmt::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::num::NonZeroU16;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::Level;
 
@@ -24,10 +24,10 @@ use crate::net::{ByteCounts, DialError, canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, Rep};
 
-/// Start of the error of a failed login. fail2ban filters match it.
-pub(super) const LOGIN_REFUSED: &str = "login refused";
 /// Length of the longest name in bytes, if it needs no escapes.
 pub(super) const MAX_NAME_LEN: usize = 255;
+/// Time between two lines about the dropped datagrams of an association.
+const DROP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Filled in during the session; writes the log line on drop. Kept small, because every tunnel has one.
 #[derive(Debug)]
@@ -243,7 +243,7 @@ pub(super) fn with_addr(request: AccessRequest<'_>, addr: SocketAddr) -> AccessR
 impl SessionLog {
     fn log_step(&self, level: Level, step: &str, fields: fmt::Arguments<'_>) {
         if self.admit(Topic::Step) {
-            log::log!(target: LOGFMT_TARGET, level, "msg={step} {}{}{fields}", Facts(self), Reached(self));
+            log::log!(target: LOGFMT_TARGET, level, "msg={step} {}{fields}", Facts(self, true));
         }
     }
 
@@ -252,22 +252,14 @@ impl SessionLog {
         admit(topic, (topic != Topic::Refused).then(|| self.client_key()))
     }
 
-    /// Returns true if steps at level debug are logged.
-    pub(super) fn logs_steps() -> bool {
-        log::log_enabled!(target: LOGFMT_TARGET, Level::Debug)
-    }
-
-    pub(super) fn log_start(&self) {
-        self.log_step(Level::Debug, "start", format_args!(""));
+    /// Logs a step without further facts.
+    pub(super) fn log_progress(&self, step: &str) {
+        self.log_step(Level::Debug, step, format_args!(""));
     }
 
     pub(super) fn log_methods(&self, offered: &[Method], selected: Option<Method>) {
         let selected = selected.unwrap_or(Method::NO_ACCEPTABLE);
         self.log_step(Level::Trace, "greeting", format_args!(" offered=\"{}\" selected=\"{selected}\"", List(offered)));
-    }
-
-    pub(super) fn log_login(&self) {
-        self.log_step(Level::Debug, "login", format_args!(""));
     }
 
     /// DST of UDP ASSOCIATE is not a target, but the address that the client announces.
@@ -289,10 +281,6 @@ impl SessionLog {
         }
     }
 
-    pub(super) fn log_connect(&self) {
-        self.log_step(Level::Debug, "connect", format_args!(""));
-    }
-
     /// Logs that a hop of a UDP association does not work. `dropped`: the number of datagrams dropped so far.
     pub(super) fn log_hop(&self, hop: &Hop, dropped: usize, error: &str) {
         self.log_step(Level::Debug, "hop", format_args!(" hop={:?} dropped={dropped} error={error:?}", hop.name));
@@ -309,18 +297,36 @@ impl SessionLog {
             return;
         }
         let (facts, addr, via) =
-            (Facts(self), Field(" addr=", addr), Field(" via=", via.map(|hop| format!("{:?}", hop.name))));
+            (Facts(self, false), Field(" addr=", addr), Field(" via=", via.map(|hop| format!("{:?}", hop.name))));
         log::debug!(target: LOGFMT_TARGET, "msg=datagram {facts} to={}{addr}{via}", quote_addr(dst));
-    }
-
-    /// Logs dropped datagrams: their number, and the reason and destination of the last one.
-    pub(super) fn log_drop(&self, count: u32, dst: Option<&Addr>, reason: &dyn fmt::Display) {
-        let (dst, reason) = (Field(" to=", dst.map(quote_addr)), reason.to_string());
-        self.log_step(Level::Debug, "drop", format_args!("{dst} dropped={count} error={reason:?}"));
     }
 
     pub(super) fn log_reply(&self, rep: Rep, bnd: &Addr) {
         self.log_step(Level::Trace, "reply", format_args!(" rep={} bnd={}", rep.0, quote_addr(bnd)));
+    }
+}
+
+/// Counts the datagrams that an association has dropped since the last line about them. A line has their number, and the
+/// reason and destination of the last one.
+#[derive(Default)]
+pub(super) struct DropLog {
+    count: Cell<u32>,
+    next_line: Cell<Option<Instant>>,
+}
+
+impl DropLog {
+    /// Counts a datagram to `dst`. `None`: the reason says what is known of it.
+    pub(super) fn record(&self, log: &SessionLog, dst: Option<&Addr>, reason: impl fmt::Display) {
+        if !log::log_enabled!(target: LOGFMT_TARGET, Level::Debug) {
+            return;
+        }
+        self.count.set(self.count.get().saturating_add(1));
+        let now = Instant::now();
+        if self.next_line.get().is_none_or(|next| now >= next) {
+            self.next_line.set(Some(now + DROP_INTERVAL));
+            let (dst, reason, count) = (Field(" to=", dst.map(quote_addr)), reason.to_string(), self.count.take());
+            log.log_step(Level::Debug, "drop", format_args!("{dst} dropped={count} error={reason:?}"));
+        }
     }
 }
 
@@ -331,52 +337,32 @@ impl Drop for SessionLog {
         }
         session_counts::end();
         self.count_result(true);
-        let topic = match self.error.get().map(|error| &**error) {
-            Some((_, error)) if error.starts_with(LOGIN_REFUSED) => {
-                counters::count(Counter::FailedLogins);
-                Topic::Login
-            }
-            error => error.map_or(Topic::Session, |(topic, _)| *topic),
-        };
+        let topic = self.error.get().map_or(Topic::Session, |error| error.0);
+        counters::add(Counter::FailedLogins, u64::from(topic == Topic::Login));
         if self.admit(topic) {
             log::log!(target: ACCESS_TARGET, topic.level(), "msg=session {self}");
         }
     }
 }
 
-/// The fields of the client and its request, which all lines of a session have.
-struct Facts<'a>(&'a SessionLog);
+/// The fields of the client and its request, which all lines of a session have, and those of the route to the target.
+struct Facts<'a>(&'a SessionLog, bool);
 
 impl fmt::Display for Facts<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(log) = self;
+        let Self(log, has_route) = self;
         let from = |client: Option<AddrPort>| client.map_or("unix".into(), |addr| addr.socket_addr().to_string());
         write!(f, "id={} from={}", log.id, from(log.client))?;
         Field(" proxy=", log.path.as_ref().and_then(|path| path.balancer).map(from)).fmt(f)?;
-        Field(
-            " user=",
-            log.user.as_ref().map(|user| {
-                let bytes = user.iter().map(|byte| escape_default(*byte));
-                format!("\"{}\"", escape(bytes, user.len()))
-            }),
-        )
-        .fmt(f)?;
+        let escape_user = |user: &[u8]| escape(user.iter().map(|byte| escape_default(*byte)), user.len());
+        Field(" user=", log.user.as_ref().map(|user| format!("\"{}\"", escape_user(user)))).fmt(f)?;
         Field(" method=", log.method).fmt(f)?;
         Field(" protection=", log.method.filter(|method| *method == Method::GSSAPI).map(|_| log.level)).fmt(f)?;
         Field(" command=", log.command).fmt(f)?;
         let dst = log.dst.as_ref().filter(|_| log.command != Some(Command::UdpAssociate));
-        Field(" to=", dst.map(quote_addr)).fmt(f)
-    }
-}
-
-/// The fields of the connection to the target.
-struct Reached<'a>(&'a SessionLog);
-
-impl fmt::Display for Reached<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(log) = self;
-        Field(" addr=", log.addr.map(AddrPort::socket_addr)).fmt(f)?;
-        let Some(Path { via, outbound, .. }) = log.path.as_deref() else { return Ok(()) };
+        Field(" to=", dst.map(quote_addr)).fmt(f)?;
+        Field(" addr=", log.addr.filter(|_| *has_route).map(AddrPort::socket_addr)).fmt(f)?;
+        let Some(Path { via, outbound, .. }) = log.path.as_deref().filter(|_| *has_route) else { return Ok(()) };
         Field(" via=", Some(via).filter(|names| !names.is_empty()).map(|names| format!("{names:?}"))).fmt(f)?;
         Field(" outbound=", Some(outbound).filter(|ips| !ips.is_empty())).fmt(f)
     }
@@ -384,7 +370,7 @@ impl fmt::Display for Reached<'_> {
 
 impl fmt::Display for SessionLog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", Facts(self), Reached(self))?;
+        Facts(self, true).fmt(f)?;
         Field(" bnd=", self.bnd.map(AddrPort::socket_addr)).fmt(f)?;
         Field(" rep=", self.rep.map(|rep| rep.0)).fmt(f)?;
         let is_association = self.command == Some(Command::UdpAssociate) && self.bnd.is_some();

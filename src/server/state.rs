@@ -10,8 +10,7 @@ use std::time::Instant;
 use futures_lite::FutureExt as _;
 use pin_project_lite::pin_project;
 
-use super::dial_shares::DialShares;
-use super::limiter::{Limiter, SessionQuota};
+use super::limiter::{DialShares, Limiter, SessionQuota};
 use super::local_addr::route_source;
 use super::log_shares::Topic;
 use super::logins::Logins;
@@ -88,7 +87,7 @@ impl Session {
             counters::count(Counter::Refused);
             return Err(SessionError { topic: Topic::Refused, ..SessionError::silent(denial.reason) });
         }
-        self.log.log_start();
+        self.log.log_progress("start");
         Ok(())
     }
 

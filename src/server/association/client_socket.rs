@@ -1,4 +1,4 @@
-//! The socket of an association to its client, and the client's port.
+//! The socket of an association to its client, the client's port, and the control connection.
 //!
 //! While the port is in use, the socket is connected to it, so that the kernel drops datagrams from all other senders.
 
@@ -7,6 +7,8 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::task::Context;
 use std::time::{Duration, Instant};
+
+use futures_lite::AsyncReadExt as _;
 
 use super::super::local_addr::bind_in_range;
 use super::super::shared_ports::Membership;
@@ -19,6 +21,9 @@ use crate::reassembly::fragment;
 /// Time without a valid datagram after which the client may use another port. A NAT that has removed its mapping
 /// selects a new port. While the port is in use, no other sender can take over the association.
 const PORT_SILENCE: Duration = Duration::from_secs(2);
+
+/// Bytes on the control connection that are read and ignored. More end the association.
+const MAX_CONTROL_BYTES: usize = 64 * 1024;
 
 pub(super) struct ClientSocket {
     pub(super) socket: BatchSocket,
@@ -180,4 +185,17 @@ fn expected_sender(session: &Session, dst: &Addr) -> SocketAddr {
     let is_client = dst_ip.is_some_and(|ip| ip.to_canonical() == addr.ip().to_canonical());
     addr.set_port(if is_client { dst.port } else { 0 });
     addr
+}
+
+/// Waits until the client closes the control connection, or returns an error if it sends too much data on it.
+pub(super) async fn wait_for_end(control: &mut Conn) -> Option<String> {
+    let mut ignored = [0; 256];
+    let mut total = 0;
+    while let Ok(n @ 1..) = control.read(&mut ignored).await {
+        total += n;
+        if total > MAX_CONTROL_BYTES {
+            return Some("too much data on the control connection".into());
+        }
+    }
+    None
 }

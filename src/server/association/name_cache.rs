@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::super::dial_shares::DialShares;
+use super::super::limiter::DialShares;
 use crate::name_addrs::NameAddrs;
 use crate::net::{DialError, lookup, timeout_at};
 use crate::proto::HostName;
