@@ -13,6 +13,7 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use crate::proto::Command;
+use crate::server::ServeArgs;
 pub use crate::server::{RESTART_HELPER, run_restart_helper};
 use cli::completions::{ScriptFn, parse_shell};
 pub use cli::exit::{CliError, CliResult, ExitStatus};
@@ -21,7 +22,6 @@ use cli::syntax::{NAME, Syntax};
 use cli::{argv, help, manual, secrets};
 use netcat::options::{self, ClientArgs};
 use netcat::report::JsonOutput;
-use serve::ServeArgs;
 
 /// A SOCKS5 server, and a netcat that works through SOCKS5 proxies
 #[derive(FromArgs, ArgsInfo, Debug)]
@@ -57,7 +57,7 @@ impl Mode {
     /// Returns the logger that the options select.
     pub fn logger(&self) -> Logger {
         let level = match self {
-            Self::Serve(args) => return args.logger(),
+            Self::Serve(args) => return serve::logger(args),
             Self::Client(_, ClientArgs { quiet: true, .. }) => LevelFilter::Off,
             Self::Client(_, args) if args.prints_only_json() => LevelFilter::Off,
             Self::Client(_, ClientArgs { verbose: 0 | 1, .. }) => LevelFilter::Warn,
@@ -72,7 +72,9 @@ impl Mode {
     /// The message to print and the exit status.
     pub fn run(self, command_line: Vec<String>) -> CliResult {
         match self {
-            Self::Serve(args) => args.run(command_line).map_err(|error| error.with_help(&format!("{NAME} serve"))),
+            Self::Serve(args) => {
+                serve::run(args, command_line).map_err(|error| error.with_help(&format!("{NAME} serve")))
+            }
             Self::Client(command, args) => {
                 let json = JsonOutput::open(args.json.as_deref())?;
                 let result = match command {

@@ -6,7 +6,7 @@ pub mod ffi;
 mod layout;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -94,8 +94,8 @@ pub(crate) struct AuthenticatedClient {
 
 impl Acceptor {
     /// Loads the key of `service` (`rcmd`, `rcmd@host` or a principal), or all keys, from `keytab` or the system's one.
-    pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> GssapiResult<Self> {
-        let credential = Arc::new(Credential::acceptor(service, keytab.as_deref())?);
+    pub fn new(keytab: Option<&Path>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> GssapiResult<Self> {
+        let credential = Arc::new(Credential::acceptor(service, keytab)?);
         Ok(Self { credential, levels })
     }
 
@@ -198,7 +198,7 @@ impl Initiator {
         let names_cache =
             |line: &str| ["default_ccache_name", "include"].iter().any(|word| line.trim().starts_with(word));
         ["KRB5CCNAME", "KRB5_CONFIG", "KRB5_CLIENT_KTNAME"].into_iter().any(is_set)
-            || std::path::Path::new(&default_cache).exists()
+            || Path::new(&default_cache).exists()
             || std::fs::read_to_string("/etc/krb5.conf").is_ok_and(|text| text.lines().any(names_cache))
     }
 

@@ -5,6 +5,7 @@
 //! | [`proto`] | encoding and decoding of the messages of RFC 1928, 1929 and 1961; pure | nothing |
 //! | [`reassembly`] | reassembly of UDP fragments; pure | `proto` |
 //! | [`name_addrs`] | the addresses of a name that datagrams are sent to; pure | nothing |
+//! | [`values`] | times, rates, numbers and lists, as users write them | nothing |
 //! | [`policy`] | access control: methods, users, rules; pure | `proto` |
 //! | [`counters`] | counts of events by thread, for metrics | nothing |
 //! | [`net`] | sockets and timers: event loop, name resolution, connecting, relaying, batches of datagrams | `counters`, `name_addrs` |
@@ -35,3 +36,4 @@ pub mod policy;
 pub mod proto;
 pub mod reassembly;
 pub mod server;
+pub mod values;

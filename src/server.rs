@@ -3,6 +3,7 @@
 //! `policy` decides what a session may do; `conn` and `proto` turn bytes into messages.
 
 mod accept;
+mod args;
 mod association;
 mod bind;
 mod connect;
@@ -56,6 +57,7 @@ use smol::channel::{self, Receiver};
 
 use crate::net::RelayOptions;
 use crate::policy::Policy;
+pub use args::{RuleOption, ServeArgs};
 use health::StartedServer;
 pub use inherited::{inherited_listeners, is_successor};
 use limiter::{DialShares, Limiter};
@@ -66,7 +68,7 @@ pub use log_queue::{AccessLog, access_line, eprint_line, flush};
 pub use log_shares::{ACCESS_TARGET, LOGFMT_TARGET, admits_detail, current_session};
 use logins::Logins;
 use notify::Notifier;
-pub use options::{Chains, Filtering, Hop, Options, Quotas};
+pub use options::{Chains, Hop, Options};
 use policy_handle::PolicyHandle;
 use restart::Restarter;
 pub use restart::{RESTART_HELPER, report_failed_start, run_restart_helper};
@@ -117,7 +119,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         Restarter::start(&options.command_line, options.successor_variable.as_ref(), notifier.has_watchdog());
     let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(|listener| listener.addrs()).collect())?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
-    let is_restricted = options.sandbox;
+    let is_restricted = !options.no_sandbox;
     // With the rights that it has at a reload.
     let access_log = options.access_log.clone().map(|log| match (log.open)(&log.path) {
         Ok(file) => Ok((log, file)),

@@ -12,4 +12,3 @@ pub(super) mod output_file;
 pub mod secrets;
 pub mod syntax;
 pub(super) mod text_file;
-pub mod values;

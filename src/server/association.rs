@@ -20,7 +20,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use super::options::Filtering;
+use super::args::Filtering;
 use super::policy_handle::Denial;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::{DropLog, with_addr, with_target};

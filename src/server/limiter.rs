@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::handshakes::Handshakes;
 use super::log_shares::{Topic, admit};
-use super::options::{Options, Quotas};
+use super::options::Options;
 use super::reply::{SessionError, SessionResult};
 use super::shares::{ClientKey, ShareGuard, Shares, lock};
 use crate::counters::{self, Counter};
@@ -36,7 +36,10 @@ pub(super) struct Limiter {
     /// UDP associations, at most one per port of `--udp-ports`. All can share a single port.
     associations: Shares,
     users: Arc<Users>,
-    quotas: Quotas,
+    max_per_client: Option<usize>,
+    max_per_user: Option<usize>,
+    rate: Option<u64>,
+    rate_per_user: Option<u64>,
 }
 
 /// The users with sessions: the number of these, and the token bucket that they share.
@@ -69,10 +72,9 @@ pub(super) struct SessionQuota {
 
 impl Limiter {
     pub(super) fn new(max_sessions: usize, options: &Options) -> Self {
-        let quotas = options.quotas;
         // One address leaves a quarter to the others. Two sessions are always possible.
         let three_quarters = (max_sessions.saturating_mul(3) / 4).max(max_sessions.min(2));
-        let sessions_per_client = quotas.sessions_per_client.unwrap_or(three_quarters);
+        let sessions_per_client = options.max_per_client.unwrap_or(three_quarters);
         let per_port = |ports: Option<&PortRange>| {
             let limit = ports.map_or(max_sessions, |PortRange(ports)| ports.len().min(max_sessions));
             Shares::new(limit, limit - limit / 4)
@@ -85,7 +87,10 @@ impl Limiter {
             bind_listeners: per_port(options.bind_ports.as_ref()),
             associations: per_port(options.udp_ports.as_ref().filter(|ports| ports.single().is_none())),
             users: Arc::default(),
-            quotas,
+            max_per_client: options.max_per_client,
+            max_per_user: options.max_per_user,
+            rate: options.rate,
+            rate_per_user: options.rate_per_user.or(options.rate),
         }
     }
 
@@ -108,7 +113,7 @@ impl Limiter {
     /// Counts a reserved session against its client. Returns false if the client has too many sessions.
     pub(super) fn admit_client(&self, reserved: &mut ShareGuard, client: Option<SocketAddr>) -> bool {
         // Clients on Unix sockets have no address for `--max-per-client`.
-        if client.is_none() && self.quotas.sessions_per_client.is_some() {
+        if client.is_none() && self.max_per_client.is_some() {
             return true;
         }
         let is_admitted = reserved.assign(ClientKey::new(client.map(|client| client.ip())));
@@ -136,7 +141,7 @@ impl Limiter {
     /// Counts two more descriptors of a session as one more session. `--max-per-client` is a number of sessions, and
     /// does not count it.
     pub(super) fn count_descriptors(&self, client: ClientKey) -> Option<ShareGuard> {
-        match self.quotas.sessions_per_client {
+        match self.max_per_client {
             Some(_) => self.sessions.try_acquire(None),
             None => self.sessions.try_acquire(client),
         }
@@ -144,7 +149,7 @@ impl Limiter {
 
     /// Returns the limits of a session that apply before its login, if there are any.
     pub(super) fn session_quota(&self) -> Option<Box<SessionQuota>> {
-        let rate = self.quotas.session_rate?;
+        let rate = self.rate?;
         let mut quota = Box::<SessionQuota>::default();
         quota.rate_limit.add(Arc::new(TokenBucket::new(rate, Instant::now())));
         Some(quota)
@@ -152,14 +157,13 @@ impl Limiter {
 
     /// Counts the session against the limits of its user. Returns false if the user has too many sessions.
     pub(super) fn admit_user(&self, user: &[u8], quota: &mut Option<Box<SessionQuota>>) -> bool {
-        let Quotas { sessions_per_user, user_rate, .. } = self.quotas;
-        if sessions_per_user.is_none() && user_rate.is_none() {
+        if self.max_per_user.is_none() && self.rate_per_user.is_none() {
             return true;
         }
         let mut users = lock(&self.users);
-        let new = || (0, user_rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now()))));
+        let new = || (0, self.rate_per_user.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now()))));
         let (sessions, bucket) = users.entry(user.into()).or_insert_with(new);
-        if *sessions >= sessions_per_user.unwrap_or(usize::MAX) {
+        if *sessions >= self.max_per_user.unwrap_or(usize::MAX) {
             return false;
         }
         *sessions += 1;

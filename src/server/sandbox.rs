@@ -16,9 +16,10 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_keep_capabilities};
 use rustix::thread::{clear_ambient_capability_set, remove_capability_from_bounding_set};
 
+use super::args::ServeArgs;
 use super::options::Options;
 use super::run_as::RunAs;
-use crate::net::{OutboundOptions, bind_outbound};
+use crate::net::bind_outbound;
 
 /// O_CLOEXEC in the octal flags of proc_pid_fdinfo(5).
 const CLOEXEC_FLAG: u32 = 0o2_000_000;
@@ -43,7 +44,7 @@ pub fn close_inherited_descriptors() {
 pub(super) fn check_ports(options: &Options) -> Option<String> {
     let first_free = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").ok();
     let first_free: u16 = first_free.and_then(|port| port.trim().parse().ok()).unwrap_or(1024);
-    let keeps_capabilities = !options.sandbox && options.run_as.as_ref().is_none_or(RunAs::is_root);
+    let keeps_capabilities = options.no_sandbox && options.run_as.as_ref().is_none_or(RunAs::is_root);
     let is_allowed = keeps_capabilities
         && capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_BIND_SERVICE));
     let ports = [("--bind-ports", &options.bind_ports), ("--udp-ports", &options.udp_ports)];
@@ -60,7 +61,7 @@ pub(super) fn check_ports(options: &Options) -> Option<String> {
 /// for the mark, before version 5.17 CAP_NET_ADMIN, and none or CAP_NET_RAW for the interface.
 pub(super) fn outbound_capabilities(options: &Options) -> Result<CapabilitySet, String> {
     let (none, raw, admin) = (CapabilitySet::empty(), CapabilitySet::NET_RAW, CapabilitySet::NET_ADMIN);
-    let OutboundOptions { interface, mark, .. } = &options.outbound_options;
+    let ServeArgs { outbound_interface: interface, mark, .. } = &options.args;
     if interface.is_none() && mark.is_none() {
         return Ok(none);
     }
@@ -91,8 +92,8 @@ pub(super) fn outbound_capabilities(options: &Options) -> Result<CapabilitySet, 
 pub(super) fn enter(options: &Options, kept: CapabilitySet, has_passwords: bool) -> io::Result<impl FnOnce() + use<>> {
     let (mut in_force, mut missing, mut refusals) = (Vec::new(), Vec::new(), None);
     // Before the switch: removing from the bounding set and opening the files needs root.
-    let landlock = options.sandbox.then(|| files::ruleset(options));
-    if options.sandbox {
+    let landlock = (!options.no_sandbox).then(|| files::ruleset(options));
+    if !options.no_sandbox {
         drop_bounding_set();
     }
     if let Some(to) = &options.run_as {

@@ -5,13 +5,14 @@ use std::mem::take;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use super::args::ServeArgs;
 use super::inherited::{from_predecessor, is_successor};
 use super::listen::{ListenAddr, Listener};
 use super::local_addr::is_local;
 use super::options::Options;
 use super::sandbox;
 use crate::client::{Endpoint, Proxy};
-use crate::net::{bind_outbound, canonical, parse_literal};
+use crate::net::{OutboundOptions, bind_outbound, canonical, parse_literal};
 use crate::policy::{Policy, is_unicast};
 use crate::proto::Host;
 
@@ -54,7 +55,8 @@ pub(super) fn prepare(
     policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
     let error = check_open_relay(policy, options).or_else(|| check_proxy_loop(policy, options));
     let error = error.or_else(|| check_metrics(policy, options));
-    options.outbound_options.clone().set_for_process();
+    let ServeArgs { outbound_interface, mark, prefer, .. } = &options.args;
+    OutboundOptions { interface: outbound_interface.clone(), mark: *mark, prefers_ipv4: *prefer }.set_for_process();
     let capabilities = sandbox::outbound_capabilities(options).map_err(ServerError::Config)?;
     let error = error.or_else(|| sandbox::check_ports(options)).or_else(|| check_outbound(policy, options));
     if let Some(error) = error {
@@ -105,7 +107,7 @@ pub(super) fn ipv6_only(addrs: &[SocketAddr]) -> impl Iterator<Item = &SocketAdd
 pub(super) fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
     let remote = policy.listen_addrs.iter().find(|addr| !addr.ip().is_loopback());
     let behind_balancer = || {
-        let has_balancer = !options.proxy_protocol_from.is_empty();
+        let has_balancer = options.proxy_protocol_from.is_some();
         has_balancer.then(|| "serve the clients of --proxy-protocol-from".to_owned())
     };
     let what = remote.map(|addr| format!("listen on {addr}")).or_else(behind_balancer)?;

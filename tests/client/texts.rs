@@ -8,13 +8,13 @@ use s5::client::{Proxy, parse_addr_or_host};
 use s5::cmd::cli::argv::normalize;
 use s5::cmd::cli::escape::{plain_os_errors, quote};
 use s5::cmd::cli::secrets::{password_in_option, password_in_url};
-use s5::cmd::cli::values::{parse_duration, parse_rate};
 use s5::cmd::netcat::progress::format_size;
 use s5::cmd::netcat::proxies::is_excluded;
 use s5::cmd::netcat::report::format_millis;
 use s5::cmd::syntax;
 use s5::net::{DialError, parse_literal};
 use s5::server::ListenAddr;
+use s5::values::{parse_duration, parse_rate};
 
 #[test]
 fn ipv6_address_without_brackets_is_ambiguous_if_it_may_end_with_a_port() {

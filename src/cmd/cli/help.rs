@@ -24,22 +24,7 @@ const GROUPS: [(&str, &str); 11] = [
     ("--verbose", "Logging"),
 ];
 
-/// Options that only the manual has, so that the help fits on two screens: few users need them.
-const ONLY_IN_MANUAL: &[&str] = &[
-    "--advertise-bind",
-    "--advertise-udp",
-    "--outbound-interface",
-    "--mark",
-    "--prefer",
-    "--hop-udp-relay",
-    "--hop-auth",
-    "--keep-sessions",
-    "--log-format",
-    "--rate-per-user",
-    "--udp-filtering",
-    "--allow-remote-metrics",
-];
-
+/// Options with `hidden_help` are only in the manual, so that the help fits on two screens: few users need them.
 pub(crate) fn text(syntax: &Syntax) -> String {
     let mut out = format!("Usage: {}\n{}\n", syntax.usage(), syntax.description.trim());
     if !syntax.modes.is_empty() {
@@ -49,7 +34,7 @@ pub(crate) fn text(syntax: &Syntax) -> String {
         }
     }
     let mut group = "";
-    for flag in syntax.options().filter(|flag| !ONLY_IN_MANUAL.contains(&flag.long)) {
+    for flag in syntax.options().filter(|flag| !flag.hidden) {
         if let Some(heading) = heading(flag).filter(|heading| *heading != group) {
             let _ = writeln!(out, "{heading}");
             group = heading;

@@ -7,12 +7,12 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 
 use crate::cmd::cli::syntax::{OPTIONAL_VALUE, Syntax};
-use crate::cmd::cli::values::{
-    parse_choice, parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout, parse_udp_relay,
-};
 use crate::net::DialError;
 use crate::proto::{Addr, Host, Method, ProtectionLevel};
 use crate::server::ListenAddr;
+use crate::values::{
+    parse_choice, parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout, parse_udp_relay,
+};
 
 /// Default of `--max-peers`: local peers of `udp -l` that have an association at the same time.
 const DEFAULT_MAX_PEERS: usize = 256;

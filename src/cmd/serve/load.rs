@@ -14,20 +14,13 @@ use crate::policy::Policy;
 use crate::policy::rules::{self, Route, Rule, Rules};
 use crate::policy::users::Users;
 use crate::proto::{Method, ProtectionLevel};
-use crate::server::Configuration;
+use crate::server::{Configuration, RuleOption, ServeArgs};
 
 /// Maximum size of a users file in bytes: about 100 000 users.
 pub(super) const MAX_USERS_FILE: u64 = 16 << 20;
 /// Maximum number of warnings about single entries of `user=`.
 const MAX_WARNINGS: usize = 10;
 const MAX_RULES_FILE: u64 = 64 << 20;
-
-#[derive(Clone, Debug)]
-pub(super) struct RuleOption {
-    pub(super) position: usize,
-    pub(super) option: &'static str,
-    pub(super) text: String,
-}
 
 /// The options and files that make up the policy.
 #[derive(Debug, Default)]
@@ -129,17 +122,16 @@ impl PolicySources {
 ///
 /// # Errors
 /// The GSSAPI library is missing, the keytab cannot be read, or it has no key for the service.
-pub(super) fn gssapi_acceptor(
-    keytab: Option<PathBuf>,
-    service: Option<&str>,
-    levels: Vec<ProtectionLevel>,
-) -> CliResult<Acceptor> {
-    if let Some(file) = &keytab {
+pub(super) fn gssapi_acceptor(args: &ServeArgs) -> CliResult<Acceptor> {
+    let ServeArgs { keytab, gssapi_service: service, gssapi_protection: levels, .. } = args;
+    if let Some(file) = keytab {
         // The library reports every unreadable keytab as "nonexistent or empty"; this error is more exact.
         fs::File::open(file).map_err(unreadable("--keytab", file))?;
     }
     let file = keytab.as_ref().map_or("--auth gssapi without --keytab".into(), |file| file.display().to_string());
-    Acceptor::new(keytab, service, levels).map_err(|error| CliError::new(ExitStatus::USAGE, format!("{file}: {error}")))
+    let levels = levels.clone().unwrap_or(vec![ProtectionLevel::Integrity, ProtectionLevel::Confidentiality]);
+    Acceptor::new(keytab.as_deref(), service.as_deref(), levels)
+        .map_err(|error| CliError::new(ExitStatus::USAGE, format!("{file}: {error}")))
 }
 
 /// Logs a warning if everybody can write the file, or replace it in one of the directories above it.

@@ -1,4 +1,4 @@
-//! Values of options: times, numbers and lists.
+//! Values of options as users write them: times, rates, numbers and lists.
 
 use std::str::FromStr;
 use std::time::Duration;
