@@ -142,6 +142,9 @@ fn bind_checks_expected_and_actual_peer() {
         "command=bind to=127.0.0.3",
         "--deny",
         &format!("command=bind to=127.0.0.2 port={port}"),
+        // Another route than that of the listener.
+        "--allow",
+        "to=127.0.0.5 outbound=127.0.0.9",
     ]);
     for dst in ["127.0.0.3:0", "three.test:0", "[::ffff:127.0.0.3]:0", &format!("127.0.0.2:{port}")] {
         assert_eq!(rep(&server, BIND, dst), 2, "{dst}");
@@ -149,7 +152,7 @@ fn bind_checks_expected_and_actual_peer() {
     // The request restricts only the peer's address, or nothing. The rules restrict the peer.
     for dst in ["0.0.0.0:0", "127.0.0.2:0"] {
         let (mut client, bnd) = bind(&server, None, dst);
-        for denied in [addr("127.0.0.3:0"), SocketAddr::new(ip("127.0.0.2"), port)] {
+        for denied in [addr("127.0.0.3:0"), addr("127.0.0.5:0"), SocketAddr::new(ip("127.0.0.2"), port)] {
             assert!(is_closed(&mut connect_from(denied, bnd)), "{dst}: {denied}");
         }
         assert_accepts_peer(&mut client, bnd, addr("127.0.0.2:0"));

@@ -37,6 +37,7 @@ fn check_fails_like_a_start() {
     let dir = temp_dir();
     let file = |name, text| write_file(dir.path(), name, text);
     let (rules, users, keytab) = (file("rules", "allow\nalow\n"), file("users", "alice\n"), file("keytab", ""));
+    let unix = format!("--listen unix:{}/s5 --proxy-protocol-from unix", dir.path().display());
     let mut table = vec![
         (2, format!("--rules {rules}"), "rules: line 2: "),
         (2, format!("--users {users}"), "users: line 1: "),
@@ -44,6 +45,7 @@ fn check_fails_like_a_start() {
         (2, format!("--keytab {keytab}"), "keytab: "),
         (2, "--listen *:0".into(), "refusing to listen on 0.0.0.0:"),
         (2, "--proxy-protocol-from 127.0.0.1".into(), "refusing to serve the clients of --proxy-protocol-from without"),
+        (2, unix, "refusing to serve the clients of --proxy-protocol-from without"),
         (2, "--listen 127.0.0.1:1080 --via 127.0.0.1:1080".into(), "is this server itself"),
         (2, "--via alice@127.0.0.1:1".into(), "no password"),
         (2, "--bind-ports 1-10".into(), "--bind-ports: the server may not use ports below"),

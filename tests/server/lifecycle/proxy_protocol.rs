@@ -120,7 +120,7 @@ fn false_or_missing_proxy_header_is_logged_once_with_its_cause_and_health_checks
 
 #[test]
 fn proxy_header_of_other_addresses_is_refused_with_the_remedy() {
-    let server = Server::start(&["--proxy-protocol-from", "127.0.0.2", "--allow-open-relay"]);
+    let server = Server::start(&["--proxy-protocol-from", "127.0.0.2,unix", "--allow-open-relay"]);
     for (number, header) in [v1, v2].into_iter().enumerate() {
         let mut stream = server.connect();
         stream.write_all(&[header(addr("192.0.2.7:4000")), GREETING.into()].concat()).expect("header sent");
@@ -138,18 +138,21 @@ fn proxy_header_of_other_addresses_is_refused_with_the_remedy() {
 #[test]
 fn rules_see_the_forwarded_client_and_local_headers_the_balancer() {
     let dst = echo_server();
-    let rules = ["--deny", "from=192.0.2.8", "--allow", "from=192.0.2.0/24 to=127.0.0.1", "--allow", "from=loopback"];
-    for threads in ["1", "2"] {
-        let server = behind_balancer(&[&rules[..], &["--threads", threads]].concat());
+    let rules = ["--deny", "from=192.0.2.8", "--allow", "from=192.0.2.0/24 to=127.0.0.1"];
+    for (threads, local, local_is_allowed) in [("1", "--allow", true), ("2", "--deny", false)] {
+        let server = behind_balancer(&[&rules[..], &[local, "from=loopback", "--threads", threads]].concat());
         assert_eq!(forward_request(&server, "192.0.2.7:1", CONNECT, dst).1, 0);
         assert!(forward(&server, "192.0.2.8:1").is_none(), "denied at accept");
         wait_session(&server, &["from=192.0.2.8:1 proxy=127.0.0.1:", "denied: --deny"]);
         assert!(forward(&server, "198.51.100.1:1").is_none(), "no rule allows it");
         let mut local = server.connect();
         local.write_all(&[b"PROXY UNKNOWN\r\n", GREETING, &request(CONNECT, dst)].concat()).expect("data sent");
-        assert_eq!(read_exact(&mut local, 4), [5, 0, 5, 0]);
+        let mut answer = [0; 4];
+        assert_eq!(local.read_exact(&mut answer).is_ok_and(|()| answer == [5, 0, 5, 0]), local_is_allowed);
         drop(local);
-        wait_session(&server, &["from=127.0.0.1:", "rep=0"]);
+        if local_is_allowed {
+            wait_session(&server, &["from=127.0.0.1:", "rep=0"]);
+        }
         let log = server.log();
         let is_own_client = |line: &&str| line.contains("from=127.0.0.1:") && line.contains("proxy=");
         assert_eq!(log.lines().find(is_own_client), None, "the balancer itself has no proxy=");
@@ -158,8 +161,8 @@ fn rules_see_the_forwarded_client_and_local_headers_the_balancer() {
 
 #[test]
 fn limits_count_the_forwarded_client_and_not_the_balancer() {
-    // At most 3 of 4 sessions are those of one client.
-    let server = behind_balancer(&[&["--max-connections", "4"], &LOOPBACK[..]].concat());
+    let server = behind_balancer(&[&["--max-per-client", "3"], &LOOPBACK[..]].concat());
+    let _silent = [(); 3].map(|()| server.connect());
     let one = |port: u16| forward_request(&server, &format!("192.0.2.1:{port}"), CONNECT, echo_server()).0;
     let first = [one(1), one(2), one(3)];
     assert!(forward(&server, "192.0.2.1:4").is_none(), "a fourth session of the same client");
@@ -253,16 +256,35 @@ fn add_address(family: &str, block: &str, flags: &[&str]) -> IpAddr {
 fn bnd_is_reachable_for_clients_that_the_balancers_address_is_not() {
     enter_namespace!("", "");
     let ips = [add_address("-4", "10.9.0.1/24", &[]), add_address("-6", "2001:db8:9::1/64", &["nodad"])];
-    let server = behind_balancer(&["--allow", "to=10.9.0.1,2001:db8:9::1"]);
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
+    let unix = format!("unix:{}", path.display());
+    let args = ["--listen", "10.9.0.1:0", "--listen", &unix, "--proxy-protocol-from", "127.0.0.1,10.9.0.1,unix"];
+    let rules = ["--allow-open-relay", "--allow", "to=10.9.0.1,2001:db8:9::1"];
+    let server = serve("127.0.0.1:0", 3, &[&args[..], &rules].concat());
+    let tcp = |addr: SocketAddr| TcpStream::connect(addr).expect("the server accepts");
+    // Reads and writes are the same for both kinds of sockets.
+    let by_unix = || TcpStream::from(OwnedFd::from(UnixStream::connect(&path).expect("the server accepts")));
     for ip in ips {
-        let client = SocketAddr::new(ip, 4000).to_string();
-        let (control, rep, bnd) = forward_request(&server, &client, UDP_ASSOCIATE, addr("0.0.0.0:0"));
-        assert_eq!((rep, bnd.ip()), (0, ip));
-        Association { control, socket: socket(ip), bnd }.ping(udp_echo_server(ip), b"hello");
-        let (mut control, rep, bnd) = forward_request(&server, &client, BIND, SocketAddr::new(ip, 0));
-        assert_eq!((rep, bnd.ip()), (0, ip));
-        let _peer = TcpStream::connect(bnd).expect("the server listens");
-        assert_eq!(read_reply(&mut control).0, 0);
+        let any =
+            SocketAddr::new(if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }, 0);
+        for connect in [&(|| tcp(server.addrs[0])) as &dyn Fn() -> TcpStream, &|| tcp(server.addrs[1]), &by_unix] {
+            let forward = |command| {
+                let mut stream = connect();
+                stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+                let header = v2(SocketAddr::new(ip, 4000));
+                stream.write_all(&[&header, GREETING, &request(command, any)].concat()).expect("request sent");
+                assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+                let (rep, bnd) = read_reply(&mut stream);
+                assert_eq!((rep, bnd.ip()), (0, ip));
+                (stream, bnd)
+            };
+            let (control, bnd) = forward(UDP_ASSOCIATE);
+            Association { control, socket: socket(ip), bnd }.ping(udp_echo_server(ip), b"hello");
+            let (mut control, bnd) = forward(BIND);
+            let _peer = TcpStream::connect(bnd).expect("the server listens");
+            assert_eq!(read_reply(&mut control).0, 0);
+        }
     }
 }
 
