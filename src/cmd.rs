@@ -176,6 +176,7 @@ fn one_line(text: &str) -> String {
     let words: Vec<String> = text.split_whitespace().map(secrets::without_userinfo).collect();
     let line = words.join(" ").replace("Error parsing option '", "").replace("' with value ", " ");
     let line = line.replace("invalid digit found in string", "expected a number");
+    let line = line.replace("invalid IP address syntax", "expected an IPv4 or IPv6 address, without a port");
     // The message of a parser may repeat the value.
     let value = line.split('\'').nth(1).map(|value| format!(", found {value:?}"));
     let line = value.and_then(|found| line.strip_suffix(&found)).unwrap_or(&line);

@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use rustix::net::sockopt::socket_type;
 use rustix::process::Signal;
 use s5::cmd::{self, Action, CliError, ExitStatus};
 
@@ -16,6 +17,9 @@ fn main() -> ExitCode {
         return CliError::usage("the command line is not UTF-8").print();
     };
     if args.get(1).is_some_and(|arg| arg == cmd::RESTART_HELPER) {
+        if socket_type(std::io::stdin()).is_err() {
+            return CliError::usage("only s5 itself runs restart-helper (see s5 --help)").print();
+        }
         // It has nothing to report to but the server, which is gone then.
         return ExitCode::from(u8::from(cmd::run_restart_helper().is_err()));
     }

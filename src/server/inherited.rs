@@ -68,7 +68,7 @@ fn from_systemd() -> Result<Vec<Listener>, String> {
 }
 
 fn take(number: RawFd, name: &str) -> Result<Listener, String> {
-    let io_error = |error| format!("descriptor {number}: {error}");
+    let io_error = |error| format!("descriptor {number}: {error} (only the service manager sets this variable)");
     let socket = take_descriptor(number).map(Socket::from).map_err(io_error)?;
     let is_stream = |domain| matches!(domain, Domain::IPV4 | Domain::IPV6 | Domain::UNIX);
     let is_listener = socket.domain().is_ok_and(is_stream)

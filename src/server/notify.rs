@@ -5,8 +5,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::env;
-use std::ffi::OsStr;
-use std::fmt::Display;
+use std::ffi::{OsStr, OsString};
 use std::future::pending;
 use std::io;
 use std::os::linux::net::SocketAddrExt as _;
@@ -27,11 +26,14 @@ use super::state::Server;
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 /// Time limit of a report, if the service manager does not read.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
+/// Minimum time between two reports to the watchdog, which waits for all workers.
+const MIN_WATCHDOG_INTERVAL: Duration = Duration::from_millis(100);
 /// Time from the end of the drain time to the exit, at most.
 const EXIT_TIME: Duration = Duration::from_secs(10);
 
 pub(super) struct Notifier {
-    socket: Option<UnixDatagram>,
+    /// The socket of the service manager, with its name.
+    socket: Option<(OsString, UnixDatagram)>,
     /// Set when a report has failed, which is logged once.
     has_failed: Cell<bool>,
     /// Time between two reports to the watchdog, if it is enabled.
@@ -43,8 +45,10 @@ pub(super) struct Notifier {
 
 impl Notifier {
     pub(super) fn connect() -> Self {
-        let name = env::var_os("NOTIFY_SOCKET");
-        let socket = name.and_then(|name| connect(&name).map_err(warn).ok());
+        let socket = env::var_os("NOTIFY_SOCKET").and_then(|name| {
+            let socket = connect(&name).map_err(|error| warn(&name, error)).ok()?;
+            Some((name, socket))
+        });
         let watchdog = watchdog_interval().unwrap_or_else(|error| {
             log::warn!("{error} (the watchdog is not used)");
             None
@@ -132,17 +136,17 @@ impl Notifier {
     }
 
     fn send(&self, report: &str) {
-        if let Some(Err(error)) =
-            self.socket.as_ref().filter(|_| !self.is_replaced.get()).map(|socket| socket.send(report.as_bytes()))
+        if let Some((name, socket)) = self.socket.as_ref().filter(|_| !self.is_replaced.get())
+            && let Err(error) = socket.send(report.as_bytes())
             && !self.has_failed.replace(true)
         {
-            warn(error);
+            warn(name, error);
         }
     }
 }
 
-fn warn(error: impl Display) {
-    log::warn!("NOTIFY_SOCKET: {error} (the service manager gets no reports)");
+fn warn(name: &OsStr, error: io::Error) {
+    log::warn!("NOTIFY_SOCKET {}: {error} (the service manager gets no reports)", name.display());
 }
 
 fn connect(name: &OsStr) -> io::Result<UnixDatagram> {
@@ -161,5 +165,5 @@ fn connect(name: &OsStr) -> io::Result<UnixDatagram> {
 fn watchdog_interval() -> Result<Option<Duration>, String> {
     let is_other = number("WATCHDOG_PID")?.is_some_and(|pid: u32| pid != std::process::id());
     let limit = number("WATCHDOG_USEC")?.filter(|limit| *limit > 0 && !is_other);
-    Ok(limit.map(|limit| Duration::from_micros(limit) / 2))
+    Ok(limit.map(|limit| MIN_WATCHDOG_INTERVAL.max(Duration::from_micros(limit) / 2)))
 }

@@ -215,9 +215,7 @@ impl Session {
     async fn select_method(&self, conn: &mut Conn, on_receipt: impl Fn()) -> SessionResult<Method> {
         let greeting = conn.read_message_with(on_receipt).await;
         let greeting: Greeting = greeting.map_err(|error| match error {
-            ReadError::Protocol(_, bytes) if ProxyHeader::is_start(&bytes) => SessionError::silent(
-                "PROXY header, but not from a load balancer of --proxy-protocol-from (add its address there)",
-            ),
+            ReadError::Protocol(_, bytes) if ProxyHeader::is_start(&bytes) => SessionError::silent(self.header_error()),
             error => read_error(error, greeting_error),
         })?;
         let selected = self.policy.policy.select_method(&greeting.methods);
@@ -228,6 +226,18 @@ impl Session {
         };
         conn.write_message(&MethodSelection(method)).await.map_err(SessionError::silent)?;
         Ok(method)
+    }
+
+    /// Returns why a PROXY header is refused here.
+    fn header_error(&self) -> &'static str {
+        match self.log.is_forwarded() || self.server().options.is_balancer(self.log.client()) {
+            true => {
+                "second PROXY header, which the load balancer passes on (if its client is one too, let it accept this)"
+            }
+            false => {
+                "PROXY header, but not from an address of --proxy-protocol-from (if it is your load balancer, add it there)"
+            }
+        }
     }
 
     /// Verifies a login, and sends the result (RFC 1929). A refusal is delayed if logins of this client have failed.

@@ -54,7 +54,8 @@ pub(super) fn prepare(
     policy.listen_addrs = addrs;
     policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
     let error = check_open_relay(policy, options).or_else(|| check_proxy_loop(policy, options));
-    let error = error.or_else(|| check_metrics(policy, options));
+    let error = error.or_else(|| check_metrics(policy, options)).or_else(|| check_access_log(options));
+    warn_of_balancers(options);
     let ServeArgs { outbound_interface, mark, prefer, .. } = &options.args;
     OutboundOptions { interface: outbound_interface.clone(), mark: *mark, prefers_ipv4: *prefer }.set_for_process();
     let capabilities = sandbox::outbound_capabilities(options).map_err(ServerError::Config)?;
@@ -141,11 +142,27 @@ pub(super) fn check_outbound(policy: &Policy, options: &Options) -> Option<Strin
 
 /// Returns an error with remedies if other hosts can reach the metrics, unless the options allow that.
 fn check_metrics(policy: &Policy, options: &Options) -> Option<String> {
+    if options.allow_remote_metrics && options.metrics.is_none() {
+        return Some("--allow-remote-metrics requires --metrics ADDR".into());
+    }
     let addr = policy.metrics_addrs.iter().find(|addr| !addr.ip().is_loopback() && !options.allow_remote_metrics)?;
     Some(format!(
         "refusing to serve metrics on {addr}, where other hosts can read them: \
          use a loopback address or unix:PATH, or --allow-remote-metrics"
     ))
+}
+
+/// Returns an error if the access log cannot be meant as a file.
+fn check_access_log(options: &Options) -> Option<String> {
+    let path = options.access_log.as_ref()?.path.to_str().filter(|path| ["", "-"].contains(path))?;
+    Some(format!("--access-log {path:?}: expected a file (omit the option to log to stderr)"))
+}
+
+/// Logs a warning for each balancer that stands for all clients.
+fn warn_of_balancers(options: &Options) {
+    for net in options.proxy_protocol_from.iter().flatten().flatten().filter(|net| net.prefix_len() == 0) {
+        log::warn!("--proxy-protocol-from {net}: each client can choose its address (name only the load balancers)");
+    }
 }
 
 /// Returns an error if the first proxy of a hop is this server: one request would use up all of its sessions.

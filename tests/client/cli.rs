@@ -115,6 +115,13 @@ fn usage_error_has_a_remedy_or_refers_to_the_help() {
         ("serve --via u:p@host:0", "--via: the port of a proxy must not be 0 (see s5 serve --help)"),
         ("bind -x socks://h:1/x", "--proxy: the URL of a proxy has no path (write unix:/PATH for a Unix socket)"),
         ("serve --hop a=h/x", "--hop a: the URL of a proxy has no path (write unix:/PATH for a Unix socket)"),
+        ("serve --hop a=|x", "--hop a: empty URL before or after | (see s5 serve --help)"),
+        ("serve --via x||y", "--via: empty URL before or after | (see s5 serve --help)"),
+        (
+            "serve --outbound eth0",
+            "--outbound 'eth0': expected an IPv4 or IPv6 address, without a port (see s5 serve --help)",
+        ),
+        ("restart-helper", "only s5 itself runs restart-helper (see s5 --help)"),
         ("connect --proxy-auth :p a:1", "--proxy-auth: the user name is empty (see s5 connect --help)"),
         ("connect -P :p a:1", "--proxy-user: the user name is empty (see s5 connect --help)"),
         (

@@ -6,6 +6,8 @@
 use std::fmt;
 use std::process::ExitCode;
 
+use rustix::io::Errno;
+
 use super::argv::with_typed_names;
 pub(crate) use super::escape::escape;
 use super::escape::plain_os_errors;
@@ -138,8 +140,13 @@ impl From<ServerError> for CliError {
         match error {
             ServerError::Io(operation, error) => Self::new(ExitStatus::FAILURE, format!("{operation}: {error}")),
             ServerError::AccessLog(file, error) => {
-                let hint = "its directory must exist, and the user of the server must be allowed to write there";
-                Self::new(ExitStatus::WRITE_STDOUT, format!("--access-log {}: {error} ({hint})", file.display()))
+                let hint = match Errno::from_io_error(&error) {
+                    Some(Errno::NOENT) => " (create its directory)",
+                    Some(Errno::ACCESS) => " (the user of the server must be allowed to write there)",
+                    Some(Errno::NXIO) => " (a pipe needs a reader, and /dev/tty a terminal)",
+                    _ => "",
+                };
+                Self::new(ExitStatus::WRITE_STDOUT, format!("--access-log {}: {error}{hint}", file.display()))
             }
             ServerError::Config(message) => Self::new(ExitStatus::USAGE, message),
         }

@@ -48,7 +48,11 @@ impl HopSources {
     }
 
     fn add(&mut self, name: &str, url: &str) -> CliResult {
-        let chains = url.split('|').map(parse_hops).collect::<Result<_, _>>();
+        let parse = |chain: &str| match chain.trim() {
+            "" if url.contains('|') => Err("empty URL before or after |".into()),
+            _ => parse_hops(chain),
+        };
+        let chains = url.split('|').map(parse).collect::<Result<_, _>>();
         self.hops.push((name.into(), chains.map_err(|error| CliError::usage(format!("{}: {error}", option(name))))?));
         Ok(())
     }

@@ -127,6 +127,20 @@ fn lost(log: &str) -> usize {
 }
 
 #[test]
+fn path_that_cannot_be_a_log_is_an_error_with_its_own_remedy() {
+    let table = [
+        (2, "", "--access-log \"\": expected a file (omit the option to log to stderr)"),
+        (2, "-", "--access-log \"-\": expected a file (omit the option to log to stderr)"),
+        (23, "/nonexistent/log", "--access-log /nonexistent/log: no such file or directory (create its directory)"),
+        (23, "/tmp", "--access-log /tmp: is a directory\n"),
+    ];
+    for (status, path, error) in table {
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--access-log", path]), b"", TIMEOUT);
+        assert_fails_with(&output, status, &[error]);
+    }
+}
+
+#[test]
 fn device_without_space_costs_lines_that_are_counted_at_the_exit() {
     let mut server = Server::start(&["--access-log", "/dev/full"]);
     (0..3).for_each(|_| run_session(&server));
@@ -142,7 +156,7 @@ fn pipe_that_is_not_read_stops_neither_sessions_nor_signals() {
     let pipe = dir.path().join("pipe").display().to_string();
     assert!(Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs").success());
     let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--access-log", &pipe]), b"", TIMEOUT);
-    assert_fails_with(&output, 23, &["--access-log", "no such device or address (its directory must exist, and"]);
+    assert_fails_with(&output, 23, &["--access-log", "no such device or address (a pipe needs a reader, and"]);
     let _reader = fs::File::options().read(true).write(true).open(&pipe).expect("pipe opened");
     let mut server = Server::start(&["--access-log", &pipe, "--drain-timeout", "60"]);
     (0..600).for_each(|_| run_session(&server));
@@ -162,7 +176,7 @@ fn user_of_run_as_owns_the_file_and_an_error_keeps_the_open_one() {
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("permissions set");
     let args = ["serve", "--listen", "127.0.0.1:0", "--run-as", "nobody", "--access-log", &file];
     let output = run(s5().args(args), b"", TIMEOUT);
-    assert_fails_with(&output, 23, &["--access-log", "permission denied (its directory must exist, and the user"]);
+    assert_fails_with(&output, 23, &["--access-log", "permission denied (the user of the server must"]);
     set_owner(65534);
     let server = Server::start(&args[3..]);
     let rotate = |to: &str| {

@@ -108,11 +108,12 @@ fn dual_stack_socket_serves_ipv4_clients_as_ipv4() {
 fn wrong_sockets_and_variables_are_errors_that_name_them() {
     let not_listener =
         "is not a listening TCP or Unix socket (in the socket unit, set ListenStream=, and not Accept=yes)";
+    let unset = "(only the service manager sets this variable)";
     // Sockets, LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID, and the error. An empty variable stands for the right value.
     let table = [
         ("127.0.0.1/tcp 127.0.0.1/udp", "", "", "", format!("LISTEN_FDS: descriptor 4 {not_listener}")),
         ("127.0.0.1/bound", "", "", "", format!("LISTEN_FDS: descriptor 3 {not_listener}")),
-        ("127.0.0.1/tcp", "2", "", "", "LISTEN_FDS: descriptor 4: bad file descriptor".into()),
+        ("127.0.0.1/tcp", "2", "", "", format!("LISTEN_FDS: descriptor 4: bad file descriptor {unset}")),
         ("127.0.0.1/tcp", "abc", "", "", "LISTEN_FDS: expected a number, found \"abc\"".into()),
         ("127.0.0.1/tcp", "-1", "", "", "LISTEN_FDS: expected a number, found \"-1\"".into()),
         ("127.0.0.1/tcp", "0", "", "", "LISTEN_FDS: expected a number from 1 to 253, found 0".into()),

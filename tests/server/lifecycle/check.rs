@@ -30,6 +30,14 @@ fn check_of_a_valid_configuration_prints_one_line_and_opens_no_port() {
     assert!(stderr.lines().count() == 2 && !socket.exists(), "{stderr}");
     assert_eq!(text(&check("--listen 0").stderr), "s5: check passed: the options and files are valid\n");
     assert_eq!(text(&check("--listen 0 -q").stderr), "");
+    let stderr = text(&check("--proxy-protocol-from 0.0.0.0/0,10.0.0.0/8,::/0,unix --allow-open-relay").stderr);
+    for net in ["0.0.0.0/0", "::/0"] {
+        assert!(
+            stderr.contains(&format!("--proxy-protocol-from {net}: each client can choose its address")),
+            "{stderr}"
+        );
+    }
+    assert_eq!(stderr.lines().count(), 3, "{stderr}");
 }
 
 #[test]
@@ -50,6 +58,8 @@ fn check_fails_like_a_start() {
         (2, "--via alice@127.0.0.1:1".into(), "no password"),
         (2, "--bind-ports 1-10".into(), "--bind-ports: the server may not use ports below"),
         (2, "--no-such-option".into(), "--no-such-option"),
+        (2, "--allow-remote-metrics".into(), "--allow-remote-metrics requires --metrics ADDR"),
+        (2, "--access-log -".into(), "--access-log \"-\": expected a file"),
         (1, "--listen nonexistent.invalid:1080".into(), "listen on nonexistent.invalid:1080: "),
     ];
     if !rustix::process::geteuid().is_root() {

@@ -128,6 +128,15 @@ fn watchdog_is_fed_until_a_worker_is_stuck() {
 }
 
 #[test]
+fn watchdog_of_a_microsecond_is_fed_at_most_ten_times_a_second() {
+    let manager = Manager::new("");
+    let start = Instant::now();
+    let _server = manager.serve(&[], &[("WATCHDOG_USEC", "1")]);
+    (0..5).for_each(|_| drop(manager.wait("WATCHDOG=1")));
+    assert!(start.elapsed() >= Duration::from_millis(500), "{:?}", start.elapsed());
+}
+
+#[test]
 fn idle_server_without_a_watchdog_never_wakes_up() {
     let manager = Manager::new("");
     // The watchdog is for another process.
@@ -156,9 +165,15 @@ fn idle_server_without_a_watchdog_never_wakes_up() {
 
 #[test]
 fn notify_socket_that_is_gone_and_wrong_variables_are_one_warning() {
+    let long = "/x".repeat(60);
     let table = [
-        ("/nonexistent/notify", "", "NOTIFY_SOCKET: no such file or directory (the service manager gets no reports)"),
-        ("vsock:2:1", "", "NOTIFY_SOCKET: expected a path or an abstract name (@NAME)"),
+        (
+            "/nonexistent/notify",
+            "",
+            "NOTIFY_SOCKET /nonexistent/notify: no such file or directory (the service manager gets no reports)",
+        ),
+        ("vsock:2:1", "", "NOTIFY_SOCKET vsock:2:1: expected a path or an abstract name (@NAME)"),
+        (&long, "", "/x: path must be shorter than 108 bytes (the service manager gets no reports)"),
         ("", "1s", "WATCHDOG_USEC: expected a number, found \"1s\" (the watchdog is not used)"),
     ];
     for (socket, watchdog, expected) in table {
@@ -177,7 +192,7 @@ fn notify_socket_that_is_gone_and_wrong_variables_are_one_warning() {
     let server = manager.serve(&[], &[("WATCHDOG_USEC", "100000")]);
     manager.wait("WATCHDOG=1");
     drop(manager);
-    server.wait_log(|log| log.contains("NOTIFY_SOCKET: connection refused (the service manager gets no reports)"));
+    server.wait_log(|log| log.contains("NOTIFY_SOCKET /") && log.contains("/notify: connection refused (the"));
     server.reload();
     assert_eq!(server.log().matches("NOTIFY_SOCKET").count(), 1, "{}", server.log());
     greet(&server);

@@ -126,13 +126,25 @@ fn proxy_header_of_other_addresses_is_refused_with_the_remedy() {
         stream.write_all(&[header(addr("192.0.2.7:4000")), GREETING.into()].concat()).expect("header sent");
         let _ = stream.read_to_end(&mut Vec::new());
         let log = server.wait_log(|log| session_lines(log).len() > number);
-        assert!(
-            session_lines(&log)[number].contains("PROXY header, but not from a load balancer of --proxy-protocol-from")
-        );
+        let error = "PROXY header, but not from an address of --proxy-protocol-from (if it is your load balancer, add it there)";
+        assert!(session_lines(&log)[number].contains(error), "{log}");
         assert!(session_lines(&log)[number].contains("from=127.0.0.1:"), "{log}");
     }
     // From the same address, sessions without a header work.
     drop(connect_to(&server, echo_server()));
+}
+
+#[test]
+fn second_proxy_header_is_refused_as_one_that_the_balancer_passes_on() {
+    let server = behind_balancer(&[]);
+    for (number, first) in [v2(addr("192.0.2.7:1")), b"PROXY UNKNOWN\r\n".into()].into_iter().enumerate() {
+        let mut stream = server.connect();
+        stream.write_all(&[first, v1(addr("192.0.2.8:1")), GREETING.into()].concat()).expect("headers sent");
+        let _ = stream.read_to_end(&mut Vec::new());
+        let log = server.wait_log(|log| session_lines(log).len() > number);
+        let error = "error=\"second PROXY header, which the load balancer passes on (if its client is one too, let it";
+        assert!(session_lines(&log)[number].contains(error), "{log}");
+    }
 }
 
 #[test]
