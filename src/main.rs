@@ -39,8 +39,9 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {
         CliError::new(ExitStatus::FAILURE, panic.to_string().replace('\n', " ")).print();
     }));
-    // So that they can be sent to all processes of s5. Only servers handle them.
-    for signal in [Signal::USR1, Signal::USR2] {
+    // The first two can be sent to all processes of s5, but only servers handle them. The third one reports that a file
+    // is at the limit of its size, which is an error of the write too.
+    for signal in [Signal::USR1, Signal::USR2, Signal::XFSZ] {
         let _ = signal_hook::flag::register(signal.as_raw(), Arc::default());
     }
     let code = match catch_unwind(AssertUnwindSafe(|| mode.run(args))) {

@@ -11,21 +11,20 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use async_net::TcpStream;
-use futures_lite::future::poll_once;
 use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
 use smol::channel::Receiver;
 use smol::{Async, LocalExecutor, Timer};
 
+use super::handshakes::{HandshakeGuard, Handshakes};
 use super::limiter::warn;
 use super::listen::Listener;
 use super::metrics;
-use super::shares::{ClientKey, ShareGuard, Shares};
+use super::shares::ClientKey;
 use super::state::Server;
 use crate::counters::Histogram;
 use crate::net::{ACCEPT_RETRY_DELAY, accept};
 
 const MAX_CONNECTIONS: usize = 32;
-const CONNECTIONS_PER_CLIENT: usize = 8;
 /// Maximum length of a request with its header, and of what follows it, in bytes.
 const MAX_REQUEST_LEN: usize = 8 << 10;
 /// Time from accept to the end of the request, and from there to the end of the connection.
@@ -58,7 +57,7 @@ pub(super) fn start(
     }
     listeners.iter().for_each(|listener| log::info!("metrics on {listener}"));
     Builder::new().name("s5-metrics".into()).spawn(move || {
-        let connections = Shares::new(MAX_CONNECTIONS, CONNECTIONS_PER_CLIENT);
+        let connections = Handshakes::new(MAX_CONNECTIONS);
         let (executor, measuring) = (LocalExecutor::new(), Cell::default());
         let service = Rc::new(Service { executor, connections, server, measuring });
         for listener in clones {
@@ -71,7 +70,8 @@ pub(super) fn start(
 
 struct Service {
     executor: LocalExecutor<'static>,
-    connections: Shares,
+    /// At the limit, a new connection ends the oldest one of the client that has most of them.
+    connections: Handshakes,
     server: StartedServer,
     /// Start of the current measurement of the lag.
     measuring: Cell<Option<Instant>>,
@@ -102,24 +102,25 @@ impl Service {
                 .or(is_replaced())
                 .await
                 .and_then(|(fd, ip)| Ok((TcpStream::try_from(fd)?, ip)));
-            let Ok((mut stream, client)) = accepted else {
+            let Ok((stream, client)) = accepted else {
                 Timer::after(ACCEPT_RETRY_DELAY).await;
                 continue;
             };
             let client = ClientKey::new(client.map(|client| client.ip()));
-            if let Some(share) = self.connections.try_acquire(client) {
-                self.executor.spawn(self.clone().serve(stream, client, share)).detach();
-                continue;
-            }
-            let busy = (UNAVAILABLE, "too many connections".into());
-            log_refusal(client, &busy);
-            // At once, because it is not counted. Unread data would reset the connection.
-            let _ = poll_once(stream.read(&mut [0; 1024])).await;
-            let _ = poll_once(respond(&mut stream, true, busy)).await;
+            let connection = self.connections.begin(Some(client));
+            self.executor.spawn(self.clone().serve(stream, client, connection)).detach();
         }
     }
 
-    async fn serve(self: Rc<Self>, mut stream: TcpStream, client: ClientKey, _share: ShareGuard) {
+    async fn serve(self: Rc<Self>, stream: TcpStream, client: ClientKey, connection: HandshakeGuard) {
+        let ended = async {
+            connection.wait_ended().await;
+            log_refusal(client, "closed for a newer connection", "too many connections");
+        };
+        self.answer(stream, client).or(ended).await;
+    }
+
+    async fn answer(&self, mut stream: TcpStream, client: ClientKey) {
         let mut request = Vec::new();
         in_time(read_request(&mut stream, &mut request)).await;
         if request.is_empty() {
@@ -128,12 +129,12 @@ impl Service {
         }
         let response = self.response(&request);
         if response.0.starts_with('4') {
-            log_refusal(client, &response);
+            log_refusal(client, response.0, &response.1);
         }
         in_time(async {
             respond(&mut stream, !request.starts_with(b"HEAD "), response).await?;
             stream.close().await?;
-            // As above.
+            // Unread data would reset the connection.
             stream.take(MAX_REQUEST_LEN as u64).read_to_end(&mut request).await
         })
         .await;
@@ -194,7 +195,7 @@ fn parse(request: &[u8]) -> Option<(&str, &str)> {
     is_valid.then_some((method, target.split('?').next()?))
 }
 
-fn log_refusal(client: ClientKey, (status, body): &Response) {
+fn log_refusal(client: ClientKey, status: &str, body: &str) {
     warn(|| format!("metrics: client {client}: {status}: {body}"));
 }
 

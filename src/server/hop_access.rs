@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
+use super::limiter::warn;
 use super::options::Hop;
 use super::passwords::Login;
 use super::reply::{SessionError, SessionResult};
@@ -71,10 +72,15 @@ impl HopAccess {
             };
             let result = attempt(&client).or(too_slow).await;
             let is_broken = result.as_ref().is_err_and(|error| client.is_at_fault(error, command));
-            self.hop.set_failed(index, is_broken);
+            let has_worked = self.hop.set_failed(index, is_broken);
             match result {
                 Ok(value) => return Ok((value, client)),
                 Err(error) => last_error = SessionError::from_upstream(error),
+            }
+            if is_broken && has_worked && others > 0 {
+                warn(|| {
+                    format!("hop {}: the next proxy is used for some seconds: {}", self.hop.name, last_error.reason)
+                });
             }
             if !is_broken {
                 break;

@@ -24,7 +24,7 @@ use super::state::Server;
 
 /// Minimum time between two reports of the number of sessions.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
-/// Time limit of a report, if the service manager does not read.
+/// Time limit of the first report that the service manager does not read.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Minimum time between two reports to the watchdog, which waits for all workers.
 const MIN_WATCHDOG_INTERVAL: Duration = Duration::from_millis(100);
@@ -140,6 +140,8 @@ impl Notifier {
             && let Err(error) = socket.send(report.as_bytes())
             && !self.has_failed.replace(true)
         {
+            // Waiting for it again would only delay signals.
+            let _ = socket.set_nonblocking(true);
             warn(name, error);
         }
     }

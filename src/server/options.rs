@@ -115,11 +115,10 @@ impl Hop {
         order.into_iter().map(|(index, (chain, _))| (index, chain)).collect()
     }
 
-    /// Records whether a chain works.
-    pub(super) fn set_failed(&self, index: usize, is_failed: bool) {
-        if let Some((_, until)) = lock(&self.chains).get_mut(index) {
-            *until = is_failed.then(|| Instant::now() + FAILED_CHAIN_PAUSE);
-        }
+    /// Records whether a chain works. Returns whether it worked before.
+    pub(super) fn set_failed(&self, index: usize, is_failed: bool) -> bool {
+        let until = is_failed.then(|| Instant::now() + FAILED_CHAIN_PAUSE);
+        lock(&self.chains).get_mut(index).is_some_and(|(_, old)| std::mem::replace(old, until).is_none())
     }
 
     /// Returns the name in the log of a session that has used this chain.

@@ -19,6 +19,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures_lite::{AsyncReadExt as _, FutureExt as _};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use smol::{Async, Timer};
 
 use super::inherited::{SUCCESSOR, is_successor};
@@ -160,6 +161,8 @@ pub fn report_failed_start(error: &str) {
 
 /// Runs the helper until the server ends, or a new process has taken over.
 pub fn run_restart_helper() -> io::Result<()> {
+    // The command line and the environment can have passwords.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     let mut server = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut length = [0; 4];
     server.read_exact(&mut length)?;

@@ -332,26 +332,20 @@ fn slow_huge_and_many_requests_disturb_neither_sessions_nor_scrapes_of_others() 
     let idle = server.descriptors();
     let (mut client, mut target) = tunnel(&server);
     let connect = |ip: &str| connect_from(SocketAddr::new(addr(ip).ip(), 0), metrics);
-    // One client has all of its connections. The next one is refused, and those of other clients are not.
-    let slow: Vec<_> = (0..8).map(|_| connect("127.0.0.7:0")).collect();
-    slow.iter().for_each(|mut stream| stream.write_all(b"GET /metrics HT").expect("part of a request sent"));
-    wait_until("the ninth connection is refused", TIMEOUT, || {
-        let mut stream = connect("127.0.0.7:0");
-        let _ = stream.write_all(b"GET /healthz HTTP/1.1\r\n\r\n");
-        read_answer(stream).starts_with("HTTP/1.1 503 Service Unavailable\r\n")
-    });
-    let is_done = AtomicBool::new(false);
+    // The oldest connections end for new ones, and a scrape is done before that.
+    let slow: Vec<_> = (0..80).map(|n| connect(&format!("127.0.0.{}:0", 7 + n % 8))).collect();
+    slow.iter().for_each(|mut stream| drop(stream.write_all(b"GET /metrics HT")));
+    let (is_done, start) = (AtomicBool::new(false), Instant::now());
     let round_trips = thread::scope(|scope| {
         for attack in [&b"GET /metrics HTTP/1.1\r\n\r\n"[..], &[b'G'; 1 << 20], &[0; 1000], b"GET / HTTP/1.1\r\n"] {
             scope.spawn(|| {
-                while !is_done.load(Ordering::Relaxed) {
+                while !is_done.load(Ordering::Relaxed) && start.elapsed() < TIMEOUT {
                     let mut stream = connect("127.0.0.8:0");
                     let _ = stream.write_all(attack);
                     let _ = stream.read(&mut [0; 100]);
                 }
             });
         }
-        let start = Instant::now();
         let mut round_trips = 0;
         // Until the slow connections are closed.
         while start.elapsed() < Duration::from_secs(1) {
@@ -365,12 +359,11 @@ fn slow_huge_and_many_requests_disturb_neither_sessions_nor_scrapes_of_others() 
         round_trips
     });
     assert!(round_trips > 10, "{round_trips}");
-    for stream in slow {
-        assert!(read_answer(stream).starts_with("HTTP/1.1 400 Bad Request\r\n"));
-    }
+    let answers = slow.into_iter().map(read_answer);
+    assert!(answers.filter(|answer| answer.starts_with("HTTP/1.1 400 Bad Request\r\n")).count() <= 32);
     drop((client, target));
     wait_until("all connections are closed", TIMEOUT, || server.descriptors() <= idle);
-    server.wait_log(|log| log.contains("client 127.0.0.7: 503 Service Unavailable: too many connections"));
+    server.wait_log(|log| log.contains(": closed for a newer connection: too many connections"));
 }
 
 #[test]

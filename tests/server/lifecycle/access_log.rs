@@ -151,6 +151,18 @@ fn device_without_space_costs_lines_that_are_counted_at_the_exit() {
 }
 
 #[test]
+fn size_limit_of_files_costs_lines_and_not_the_server() {
+    let (_dir, file) = log_file();
+    let mut command = Command::new("prlimit");
+    command.args(["--fsize=2000", env!("CARGO_BIN_EXE_s5"), "serve", "--listen", "127.0.0.1:0", "--access-log", &file]);
+    let mut server = Server::start_with(&mut command, 1);
+    (0..20).for_each(|_| run_session(&server));
+    server.wait_log(|log| log.contains(": file too large; lines are lost"));
+    server.signal("TERM");
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+}
+
+#[test]
 fn pipe_that_is_not_read_stops_neither_sessions_nor_signals() {
     let (dir, _) = log_file();
     let pipe = dir.path().join("pipe").display().to_string();

@@ -1,5 +1,7 @@
 //! Servers in containers: one user in the environment, any user ID, and a read-only root file system.
 
+use std::os::unix::fs::MetadataExt as _;
+
 use crate::*;
 
 fn with_user(user: &str, passwd: &str) -> Command {
@@ -100,4 +102,11 @@ fn server_runs_as_any_user_on_a_read_only_file_system() {
     assert!(status.contains("\nUid:\t12345\t12345\t12345\t12345\n"), "{status}");
     let log = server.wait_log(|log| log.contains("sandbox: "));
     assert!(log.contains("no capabilities, no_new_privs, not dumpable"), "{log}");
+    // The files of a process that is not dumpable belong to root, and other processes of the user cannot read them.
+    let pid = server.pid();
+    let helper = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("the server runs");
+    for pid in [&pid.to_string(), helper.trim()] {
+        let environ = fs::metadata(format!("/proc/{pid}/environ")).expect("one process with this number");
+        assert_eq!(environ.uid(), 0, "{pid}");
+    }
 }

@@ -164,6 +164,20 @@ fn idle_server_without_a_watchdog_never_wakes_up() {
 }
 
 #[test]
+fn service_manager_that_does_not_read_delays_signals_by_one_second_at_most() {
+    let manager = Manager::new("");
+    let mut server = manager.serve(&[], &[]);
+    let sender = UnixDatagram::unbound().expect("a socket");
+    sender.set_nonblocking(true).expect("flag set");
+    while sender.send_to(b"filler", &manager.name).is_ok() {}
+    let start = Instant::now();
+    (0..4).for_each(|_| drop(server.reload()));
+    server.signal("TERM");
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+}
+
+#[test]
 fn notify_socket_that_is_gone_and_wrong_variables_are_one_warning() {
     let long = "/x".repeat(60);
     let table = [
