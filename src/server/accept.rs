@@ -3,19 +3,16 @@
 //! All workers wait on the same listeners. For a new connection, the kernel wakes an idle worker.
 
 use std::io;
-use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use futures_lite::FutureExt as _;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::handshakes::HandshakeGuard;
 use super::limiter::warn;
 use super::listen::Listener;
 use super::session;
-use super::shares::ShareGuard;
-use super::state::{Server, Session};
+use super::state::Server;
 use super::worker::{self, WorkerReport, panic_error};
 use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
 
@@ -51,14 +48,19 @@ impl AcceptLoop {
         for attempts in 1_usize.. {
             // Only for a connection that may be waiting: otherwise idle listeners would hold unused reservations.
             self.listener.ready(Interest::Read).await;
-            let Some(reserved) = self.server.limiter.reserve(|| self.has_waiting()).await else { continue };
+            let Some(mut reserved) = self.server.limiter.reserve(|| self.has_waiting()).await else { continue };
             match self.listener.try_with(Interest::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {
-                    if let Some((session, handshake)) = self.admit(client, reserved) {
-                        match self.server.workers.less_loaded() {
-                            Some(worker) => worker.send(move || session::start(session, conn, handshake)),
-                            None => session::start(session, conn, handshake),
-                        }
+                    // The client of a load balancer is not known yet.
+                    let is_known = !self.server.options.is_balancer(client);
+                    if is_known && !self.server.limiter.admit_client(&mut reserved, client) {
+                        continue;
+                    }
+                    let server = self.server.clone();
+                    let start = move || session::start(server, client, reserved, conn);
+                    match self.server.workers.less_loaded() {
+                        Some(worker) => worker.send(start),
+                        None => start(),
                     }
                 }
                 // Another worker has accepted the connection, or the client has closed it.
@@ -72,22 +74,6 @@ impl AcceptLoop {
                 yield_now().await;
             }
         }
-    }
-
-    /// Returns the session of a new connection, or `None` if the connection has to be closed. The client of a load
-    /// balancer is not known yet.
-    fn admit(&self, client: Option<SocketAddr>, mut reserved: ShareGuard) -> Option<(Session, HandshakeGuard)> {
-        let (limiter, is_known) = (&self.server.limiter, !self.server.options.is_balancer(client));
-        if is_known && !limiter.admit_client(&mut reserved, client) {
-            return None;
-        }
-        let session = Session::new(self.server.clone(), client, reserved);
-        if is_known && let Err(denial) = session.check_client() {
-            session.log.set_error_of(denial.topic, denial.reason);
-            return None;
-        }
-        let handshake = limiter.handshakes.begin(is_known.then(|| session.log.client_key()));
-        Some((session, handshake))
     }
 
     /// Returns whether a connection waits to be accepted. If not, the next event of the listener reports one.

@@ -12,10 +12,9 @@ mod upstream;
 
 use std::cell::RefCell;
 use std::fmt;
-use std::future::{Future as _, poll_fn};
+use std::future::poll_fn;
 use std::iter::once;
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
@@ -25,7 +24,6 @@ use super::policy_handle::Denial;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::{DropLog, with_addr, with_target};
 use super::state::Session;
-use crate::conn::Conn;
 use crate::counters::Counter::{
     self, DropDenied, DropFragment, DropLookup, DropMalformed, DropRate, DropSender, DropUnsent,
 };
@@ -34,7 +32,7 @@ use crate::net::{GsoBatch, IdleTimer, RateLimit, RecvBatch, canonical, wake_late
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Datagram, Host, HostName};
 use crate::reassembly::Reassembler;
-use client_socket::{ClientSocket, wait_for_end};
+use client_socket::ClientSocket;
 use egress::{Egress, OutboundSocket};
 use name_cache::{NameCache, Resolved};
 use upstream::open_only_route;
@@ -46,13 +44,13 @@ thread_local! {
     static BUFFERS: RefCell<(RecvBatch, Vec<u8>)> = RefCell::default();
 }
 
-pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
+pub(super) async fn serve(session: &mut Session, dst: &Addr) -> SessionResult<()> {
     let _shares = session.server().limiter.admit_association(session.log.client_key())?;
-    let egress = Egress { upstreams: open_only_route(session, control).await?, ..Egress::default() };
-    let client = ClientSocket::bind(session, control, dst).await.map_err(SessionError::general_failure)?;
+    let egress = Egress { upstreams: open_only_route(session).await?, ..Egress::default() };
+    let client = ClientSocket::bind(session, dst).await.map_err(SessionError::general_failure)?;
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
-    session.reply_success(control, bnd.into(), || None).await?;
+    session.reply_success(bnd.into(), || None).await?;
     let _guard = OpenGuard::new(Counter::OpenAssociations);
     let relay = AssociationRelay {
         name_cache: NameCache::new(session.dial_limits(), session.server().options.connect_timeout),
@@ -65,7 +63,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
         drop_log: DropLog::default(),
         last_activity: Instant::now(),
     };
-    if let Some(error) = relay.run(control).await {
+    if let Some(error) = relay.run().await {
         session.log.set_error(error);
     }
     Ok(())
@@ -86,11 +84,10 @@ struct AssociationRelay<'a> {
 
 impl AssociationRelay<'_> {
     /// Relays until the association ends. Returns `None` when the client closes the control connection, else an error.
-    async fn run(mut self, control: &mut Conn) -> Option<String> {
-        let mut ended = pin!(wait_for_end(control));
+    async fn run(mut self) -> Option<String> {
         let mut timer = IdleTimer::default();
         let ended = poll_fn(|cx| {
-            if let Poll::Ready(reason) = ended.as_mut().poll(cx) {
+            if let Poll::Ready(reason) = self.client.poll_control_end(&mut self.session.conn, cx) {
                 return Poll::Ready(reason);
             }
             if let Some(reason) = self.recheck_policy() {

@@ -14,7 +14,7 @@ use super::listen::listen_tcp;
 use super::local_addr::{bind_in_range, reachable_addr};
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
-use super::state::{Session, unless};
+use super::state::{Session, denied_by_reload, unless};
 use crate::client::Client;
 use crate::conn::{Conn, to_canonical_addr};
 use crate::net::{
@@ -27,25 +27,20 @@ use crate::proto::{Addr, Command, Host, PortRange, Rep};
 /// Programs without privileges can bind this port and higher ones.
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
-pub(super) async fn serve(
-    session: &mut Session,
-    client: &mut Conn,
-    dst: &Addr,
-    route: Option<Route>,
-) -> SessionResult<Conn> {
+pub(super) async fn serve(session: &mut Session, dst: &Addr, route: Option<Route>) -> SessionResult<Conn> {
     let route = route.map_or_else(|| session.possible_bind_route(), Ok)?;
     match session.hop_access(route)? {
-        None => bind_directly(session, client, dst, route).await,
-        Some(access) => bind_via_hop(session, client, dst, &access, route).await,
+        None => bind_directly(session, dst, route).await,
+        Some(access) => bind_via_hop(session, dst, &access, route).await,
     }
 }
 
-async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr, route: Route) -> SessionResult<Conn> {
+async fn bind_directly(session: &mut Session, dst: &Addr, route: Route) -> SessionResult<Conn> {
     let share = session.server().limiter.bind_listeners.try_acquire(session.log.client_key());
     let limit_reached = "limit of BIND listeners reached, or of those of one client (see --bind-ports)";
     let share = share.ok_or_else(|| SessionError::general_failure(limit_reached))?;
-    let expected = session.cancellable(client, ExpectedPeer::resolve(session, dst)).await?;
-    let control = session.control_addr(client);
+    let expected = session.cancellable(ExpectedPeer::resolve(session, dst)).await?;
+    let control = session.control_addr();
     let outbound = session.outbound(route);
     let unavailable = || SessionError::from_dial(DialError::FamilyUnavailable, dst);
     let (peer, ip) = expected.preferred_addr(control, outbound).ok_or_else(unavailable)?;
@@ -57,39 +52,33 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr, rou
     let (listener, bnd) = listen_for_peer(session, local, !ip.is_unspecified(), &expected)
         .await
         .map_err(SessionError::general_failure)?;
-    session.reply_success(client, bnd.into(), || None).await?;
-    let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected, route).await) }).await;
+    session.reply_success(bnd.into(), || None).await?;
+    let accepted = session.wait_for_peer(async { Ok(session.accept(&listener, &expected, route).await) }).await;
     drop((listener, share));
     let (peer, addr) = accepted?;
     session.log_route(route, None, peer.local_addr());
     session.log.set_addr(addr);
     session.log.log_progress("connect");
-    session.reply_success(client, addr.into(), || Some(addr)).await?;
+    session.reply_success(addr.into(), || Some(addr)).await?;
     Ok(peer)
 }
 
-async fn bind_via_hop(
-    session: &mut Session,
-    client: &mut Conn,
-    dst: &Addr,
-    access: &HopAccess,
-    route: Route,
-) -> SessionResult<Conn> {
+async fn bind_via_hop(session: &mut Session, dst: &Addr, access: &HopAccess, route: Route) -> SessionResult<Conn> {
     session.log_route(route, None, None);
     let deadline = Instant::now() + session.server().options.connect_timeout;
     let request = async |proxy: &Client| proxy.request(Command::Bind).await;
     let requested = access.open(Command::Bind, dst, deadline, request);
-    let ((mut conn, bnd), proxy) = session.cancellable(client, requested).await?;
+    let ((mut conn, bnd), proxy) = session.cancellable(requested).await?;
     session.log_route(route, Some(&proxy), conn.local_addr());
-    session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;
+    session.reply_success(proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn, false).await.map_err(SessionError::from_upstream) };
-    let peer = session.wait_for_peer(client, accepted).await?;
+    let peer = session.wait_for_peer(accepted).await?;
     let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("the peer's address is a name")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
     session.log.set_addr(addr);
     session.log.log_progress("connect");
     session.authorize(&with_addr(session.log.access_request(), addr))?;
-    session.reply_success(client, peer, || Some(addr)).await?;
+    session.reply_success(peer, || Some(addr)).await?;
     Ok(conn)
 }
 
@@ -105,16 +94,12 @@ impl Session {
     }
 
     /// Waits for `accept`. Fails at the timeout of BIND, if the client disconnects, or if a reloaded policy denies it.
-    async fn wait_for_peer<T>(
-        &self,
-        client: &Conn,
-        accept: impl Future<Output = SessionResult<T>>,
-    ) -> SessionResult<T> {
+    async fn wait_for_peer<T>(&self, accept: impl Future<Output = SessionResult<T>>) -> SessionResult<T> {
         let disconnected = async {
-            client.wait_peer_closed().await;
+            self.conn.wait_peer_closed().await;
             SessionError::silent("client disconnected before the peer connected")
         };
-        let cancelled = disconnected.or(self.denied_by_reload());
+        let cancelled = disconnected.or(denied_by_reload(self.server(), &self.log));
         let timeout = self.server().options.bind_timeout;
         let timed_out = || SessionError::with_rep(Rep::TTL_EXPIRED, format!("peer did not connect within {timeout:?}"));
         let result = timeout_at(Instant::now() + timeout, unless(cancelled, accept)).await;

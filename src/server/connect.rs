@@ -12,14 +12,9 @@ use crate::net::dial;
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Command, Host};
 
-pub(super) async fn serve(
-    session: &mut Session,
-    client: &mut Conn,
-    dst: &Addr,
-    route: Option<Route>,
-) -> SessionResult<Conn> {
+pub(super) async fn serve(session: &mut Session, dst: &Addr, route: Option<Route>) -> SessionResult<Conn> {
     let deadline = Instant::now() + session.server().options.connect_timeout;
-    let (route, addrs) = session.cancellable(client, session.resolve_route(dst, route, deadline)).await?;
+    let (route, addrs) = session.cancellable(session.resolve_route(dst, route, deadline)).await?;
     let hop = session.hop_access(route)?;
     session.log_route(route, None, None);
     if let [only] = *addrs {
@@ -41,13 +36,13 @@ pub(super) async fn serve(
         let addr = if let Host::Ip(ip) = dst.host { Some(SocketAddr::new(ip, dst.port)) } else { None };
         Ok((target, bnd, addr, Some(client)))
     };
-    let (target, bnd, addr, proxy) = session.cancellable(client, connecting).await?;
+    let (target, bnd, addr, proxy) = session.cancellable(connecting).await?;
     session.log_route(route, proxy.as_ref(), target.local_addr());
     if let Some(addr) = addr {
         session.log.set_addr(addr);
     }
     session.log.log_progress("connect");
-    session.reply_success(client, bnd, || target.peer_addr().filter(|_| hop.is_none())).await?;
+    session.reply_success(bnd, || target.peer_addr().filter(|_| hop.is_none())).await?;
     Ok(target)
 }
 

@@ -9,11 +9,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures_lite::FutureExt as _;
+
 use super::handshakes::HandshakeGuard;
 use super::log_shares::{Topic, in_session, set_current_client};
 use super::passwords::Login;
 use super::reply::{LOGIN_REFUSED, SessionError, SessionResult};
-use super::state::{Session, SessionPermit, unless};
+use super::session_log::SessionLog;
+use super::shares::ShareGuard;
+use super::state::{Server, Session, SessionPermit, denied_by_reload, disconnected, unless};
 use super::tunnel::Tunnel;
 use super::{association, bind, connect, worker};
 use crate::conn::{Conn, DetachedConn, Protection, ReadError};
@@ -26,25 +30,32 @@ use crate::proto::{
 };
 
 /// Starts a session on the worker of this thread. One task runs the handshake. Another one runs the tunnel after that,
-/// without the memory of the handshake.
-pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: HandshakeGuard) {
-    let mut conn = match conn.attach() {
+/// without the memory of the handshake. The client of a load balancer is not known yet.
+pub(super) fn start(server: Arc<Server>, client: Option<SocketAddr>, share: ShareGuard, conn: DetachedConn) {
+    let log = SessionLog::new(client);
+    let conn = match conn.attach() {
         Ok(conn) => conn,
-        Err(error) => return session.log.set_error(error),
+        Err(error) => return log.set_error(error),
     };
-    worker::spawn(in_session(session.log.id, session.log.client_key(), async move {
-        let deadline = Instant::now() + session.server().options.handshake_timeout;
+    let is_known = !server.options.is_balancer(client);
+    let mut session = Session::new(server, log, share, conn);
+    if is_known && let Err(denial) = session.check_client() {
+        return session.log.set_error_of(denial.topic, denial.reason);
+    }
+    let (id, client) = (session.log.id, session.log.client_key());
+    let handshake = session.server().limiter.handshakes.begin(is_known.then_some(client));
+    worker::spawn(in_session(id, client, async move {
         let mut handshake = Some(handshake);
-        let logged_in = session.log_in(&mut conn, handshake.as_ref(), deadline);
+        let logged_in = session.log_in(handshake.as_ref());
         let result = match unless(replaced(handshake.as_ref()), logged_in).await {
             Ok(mut login) => {
                 if let Some(protection) = login.protection.take() {
-                    conn = conn.protect(protection);
+                    session.conn = session.conn.protect(protection);
                 }
-                match unless(replaced(handshake.as_ref()), login.read_request(&session, &mut conn)).await {
+                match unless(replaced(handshake.as_ref()), login.read_request(&mut session)).await {
                     Ok(request) => {
                         handshake = None;
-                        session.serve_request(&mut conn, &request, login.is_stream_allowed).await
+                        session.serve_request(&request, login.is_stream_allowed).await
                     }
                     Err(error) => Err(error),
                 }
@@ -52,13 +63,13 @@ pub(super) fn start(mut session: Session, conn: DetachedConn, handshake: Handsha
             Err(error) => Err(error),
         };
         match result {
-            Ok(Some(target)) => Tunnel::new(session, conn, target).start(),
+            Ok(Some(target)) => Tunnel::new(session, target).start(),
             Ok(None) => {}
             Err(error) => {
                 session.log.rep = error.rep.or(session.log.rep);
                 session.log.set_error_of(error.topic, error.reason);
                 // Logs the session now: closing can take seconds.
-                let Session { permit: _permit, log, .. } = session;
+                let Session { permit: _permit, log, conn, .. } = session;
                 drop(log);
                 if !error.reply.is_empty() {
                     let close = async {
@@ -83,8 +94,6 @@ async fn replaced(handshake: Option<&HandshakeGuard>) -> SessionError {
 
 /// A client that has logged in: only with this value, a request can be read.
 struct Authenticated {
-    /// End of the handshake timeout, extended by the delay of the login.
-    deadline: Instant,
     /// For all messages after the login (RFC 1961 section 5).
     protection: Option<Protection>,
     /// False if a GSSAPI context protects messages, but can't detect replayed or reordered ones.
@@ -92,9 +101,11 @@ struct Authenticated {
 }
 
 impl Authenticated {
-    async fn read_request(&self, session: &Session, conn: &mut Conn) -> SessionResult<Request> {
-        let request = timeout_at(self.deadline, conn.read_message()).await.ok_or_else(|| session.timed_out())?;
-        request.map_err(|error| {
+    const UNPROTECTED: Self = Self { protection: None, is_stream_allowed: true };
+
+    async fn read_request(&self, session: &mut Session) -> SessionResult<Request> {
+        let request = timeout_at(session.deadline, session.conn.read_message()).await;
+        request.ok_or_else(|| session.timed_out())?.map_err(|error| {
             // A check whether this is a SOCKS5 server, such as `s5 connect -z`.
             let is_check = matches!(&error, ReadError::Closed(begun, None) if begun.is_empty());
             let error = read_error(error, |error| SessionError::with_rep(error.rep(), error));
@@ -104,34 +115,30 @@ impl Authenticated {
 }
 
 impl Session {
-    /// Selects a method and authenticates the client until `deadline`.
-    async fn log_in(
-        &mut self,
-        conn: &mut Conn,
-        handshake: Option<&HandshakeGuard>,
-        deadline: Instant,
-    ) -> SessionResult<Authenticated> {
+    /// Selects a method and authenticates the client.
+    async fn log_in(&mut self, handshake: Option<&HandshakeGuard>) -> SessionResult<Authenticated> {
         if self.server().options.is_balancer(self.log.client()) {
             // Boxed: other clients take no memory for it.
-            Box::pin(self.identify_client(conn, handshake, deadline)).await?;
+            Box::pin(self.identify_client(handshake)).await?;
         }
         let has_sent = Cell::new(false);
-        let selected = timeout_at(deadline, self.select_method(conn, || has_sent.set(true))).await;
+        let selected = timeout_at(self.deadline, self.select_method(|| has_sent.set(true))).await;
         let selected = selected.unwrap_or_else(|| Err(self.timed_out()));
         let method = selected.map_err(|error| if has_sent.get() { error } else { error.quiet() })?;
         match method {
             // Boxed, once the login has arrived: a client that sends nothing takes no memory for it.
             Method::PASSWORD => {
-                let login = timeout_at(deadline, conn.read_message()).await.ok_or_else(|| self.timed_out())?;
+                let login =
+                    timeout_at(self.deadline, self.conn.read_message()).await.ok_or_else(|| self.timed_out())?;
                 let invalid = |error| SessionError::with_message(&LoginStatus::FAILURE, error);
                 let login = login.map_err(|error| read_error(error, invalid))?;
-                Box::pin(self.verify_password(conn, login, deadline)).await
+                Box::pin(self.verify_password(login)).await
             }
-            Method::GSSAPI => Box::pin(self.accept_gssapi(conn, deadline)).await,
+            Method::GSSAPI => Box::pin(self.accept_gssapi()).await,
             Method::NONE => {
                 self.log.method = Some(method);
                 self.log.log_progress("login");
-                Ok(Authenticated { deadline, protection: None, is_stream_allowed: true })
+                Ok(Authenticated::UNPROTECTED)
             }
             _ => Err(not_configured()),
         }
@@ -139,12 +146,7 @@ impl Session {
 
     /// Authorizes and executes the request. Returns the connection to relay with, or `None` at the end of an association.
     /// CONNECT and BIND require `is_stream_allowed`.
-    async fn serve_request(
-        &mut self,
-        conn: &mut Conn,
-        request: &Request,
-        is_stream_allowed: bool,
-    ) -> SessionResult<Option<Conn>> {
+    async fn serve_request(&mut self, request: &Request, is_stream_allowed: bool) -> SessionResult<Option<Conn>> {
         self.log.command = Some(request.command);
         self.log.dst = Some(request.dst.clone());
         self.log.log_request();
@@ -163,10 +165,10 @@ impl Session {
         }
         let dst = &request.dst;
         match request.command {
-            Command::Connect => connect::serve(self, conn, dst, route).await.map(Some),
+            Command::Connect => connect::serve(self, dst, route).await.map(Some),
             // The rarer commands are boxed: their futures are larger than that of CONNECT.
-            Command::Bind => Box::pin(bind::serve(self, conn, dst, route)).await.map(Some),
-            Command::UdpAssociate => Box::pin(association::serve(self, conn, dst)).await.map(|()| None),
+            Command::Bind => Box::pin(bind::serve(self, dst, route)).await.map(Some),
+            Command::UdpAssociate => Box::pin(association::serve(self, dst)).await.map(|()| None),
         }
     }
 
@@ -176,13 +178,8 @@ impl Session {
 
     /// Reads the header of the PROXY protocol, and does what is done at accept for other clients. Until the client is
     /// known, the connection counts against nobody.
-    pub(super) async fn identify_client(
-        &mut self,
-        conn: &mut Conn,
-        handshake: Option<&HandshakeGuard>,
-        deadline: Instant,
-    ) -> SessionResult<()> {
-        if let Some(client) = self.read_proxy_header(conn, deadline).await? {
+    async fn identify_client(&mut self, handshake: Option<&HandshakeGuard>) -> SessionResult<()> {
+        if let Some(client) = self.read_proxy_header().await? {
             self.log.set_forwarded_client(client);
         }
         let key = self.log.client_key();
@@ -196,9 +193,11 @@ impl Session {
     }
 
     /// Returns the client in the header. `None`: the balancer itself.
-    async fn read_proxy_header(&self, conn: &mut Conn, deadline: Instant) -> SessionResult<Option<SocketAddr>> {
-        let too_slow = || format!("no complete PROXY header within {:?}", self.server().options.handshake_timeout);
-        let header = timeout_at(deadline, conn.read_message()).await.ok_or_else(|| SessionError::silent(too_slow()))?;
+    async fn read_proxy_header(&mut self) -> SessionResult<Option<SocketAddr>> {
+        let timeout = self.server().options.handshake_timeout;
+        let too_slow = || format!("no complete PROXY header within {timeout:?}");
+        let header = timeout_at(self.deadline, self.conn.read_message()).await;
+        let header = header.ok_or_else(|| SessionError::silent(too_slow()))?;
         let ProxyHeader { client } = header.map_err(|error| match &error {
             // A health check that only connects.
             ReadError::Closed(begun, _) if begun.is_empty() => SessionError::silent(error).quiet(),
@@ -212,8 +211,8 @@ impl Session {
         Ok(client.filter(|client| is_local || !client.ip().is_loopback()))
     }
 
-    async fn select_method(&self, conn: &mut Conn, on_receipt: impl Fn()) -> SessionResult<Method> {
-        let greeting = conn.read_message_with(on_receipt).await;
+    async fn select_method(&mut self, on_receipt: impl Fn()) -> SessionResult<Method> {
+        let greeting = self.conn.read_message_with(on_receipt).await;
         let greeting: Greeting = greeting.map_err(|error| match error {
             ReadError::Protocol(_, bytes) if ProxyHeader::is_start(&bytes) => SessionError::silent(self.header_error()),
             error => read_error(error, greeting_error),
@@ -224,7 +223,7 @@ impl Session {
             let none = MethodSelection(Method::NO_ACCEPTABLE);
             return Err(SessionError::with_message(&none, "no acceptable authentication method"));
         };
-        conn.write_message(&MethodSelection(method)).await.map_err(SessionError::silent)?;
+        self.conn.write_message(&MethodSelection(method)).await.map_err(SessionError::silent)?;
         Ok(method)
     }
 
@@ -241,12 +240,7 @@ impl Session {
     }
 
     /// Verifies a login, and sends the result (RFC 1929). A refusal is delayed if logins of this client have failed.
-    async fn verify_password(
-        &mut self,
-        conn: &mut Conn,
-        credentials: Credentials,
-        deadline: Instant,
-    ) -> SessionResult<Authenticated> {
+    async fn verify_password(&mut self, credentials: Credentials) -> SessionResult<Authenticated> {
         self.log.user = Some(Box::new(credentials.uname.clone().into()));
         let login = Arc::new(Login { client: self.log.client_key(), credentials });
         if self.server().options.hops.iter().any(|hop| hop.forwards_login) {
@@ -255,31 +249,33 @@ impl Session {
         let (server, started) = (self.server(), Instant::now());
         let verify = async {
             let on_refused = || self.log.set_error_of(Topic::Login, LOGIN_REFUSED);
-            let verified = server.logins.verify(&server.policy, login, deadline, on_refused).await;
+            let verified = server.logins.verify(&server.policy, login, self.deadline, on_refused).await;
             verified.ok_or_else(|| SessionError::silent("password not checked in time: too many logins wait"))
         };
-        let Some(policy) = self.cancellable(conn, verify).await? else {
+        let Some(policy) = self.cancellable(verify).await? else {
             return Err(SessionError::login_refused(&LoginStatus::FAILURE, ""));
         };
         self.policy = policy;
         self.log.method = Some(Method::PASSWORD);
         self.log.log_progress("login");
         // The time of the verification, with the wait for a turn, does not count.
-        let deadline = deadline + started.elapsed();
-        let sent = timeout_at(deadline, conn.write_message(&LoginStatus::SUCCESS)).await;
+        self.deadline += started.elapsed();
+        let sent = timeout_at(self.deadline, self.conn.write_message(&LoginStatus::SUCCESS)).await;
         sent.ok_or_else(|| self.timed_out())?.map_err(SessionError::silent)?;
-        Ok(Authenticated { deadline, protection: None, is_stream_allowed: true })
+        Ok(Authenticated::UNPROTECTED)
     }
 
     /// Establishes a security context (RFC 1961). A timeout ends it with an abort message (section 3.8).
-    async fn accept_gssapi(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
-        let acceptor = self.server().options.gssapi_acceptor.as_ref().ok_or_else(not_configured)?;
+    async fn accept_gssapi(&mut self) -> SessionResult<Authenticated> {
+        let Self { permit: SessionPermit { server, .. }, log, conn, deadline, .. } = self;
+        let acceptor = server.options.gssapi_acceptor.as_ref().ok_or_else(not_configured)?;
         // Cancelled if the client leaves while it waits.
         let thread = async |conn: &Conn| {
-            let thread = self.server().logins.threads.acquire(self.log.client_key());
-            self.cancellable(conn, async { Ok(thread.await) }).await.map_err(|error| error.reason)
+            let thread = server.logins.threads.acquire(log.client_key());
+            let cancelled = disconnected(conn).or(denied_by_reload(server, log));
+            unless(cancelled, async { Ok(thread.await) }).await.map_err(|error| error.reason)
         };
-        let accepted = timeout_at(deadline, acceptor.accept(conn, thread)).await;
+        let accepted = timeout_at(*deadline, acceptor.accept(conn, thread)).await;
         let accepted =
             match accepted.ok_or_else(|| SessionError::with_message(&Frame::Abort, self.timed_out().reason))? {
                 Ok(accepted) => accepted,
@@ -292,7 +288,7 @@ impl Session {
         self.log.level = accepted.level;
         self.log.log_progress("login");
         let is_stream_allowed = accepted.detects_reordering || accepted.protection.is_none();
-        Ok(Authenticated { deadline, protection: accepted.protection, is_stream_allowed })
+        Ok(Authenticated { protection: accepted.protection, is_stream_allowed })
     }
 }
 

@@ -63,6 +63,10 @@ impl SessionPermit {
 pub(super) struct Session {
     pub(super) permit: SessionPermit,
     pub(super) log: SessionLog,
+    /// The connection of the client.
+    pub(super) conn: Conn,
+    /// End of the handshake timeout, extended by the delay of the login.
+    pub(super) deadline: Instant,
     /// User and password of the client, if a hop may need them.
     pub(super) login: Option<Arc<Login>>,
     /// The policy at accept. Replaced at a password login, at the request, and by a UDP association after a reload.
@@ -70,11 +74,10 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// `client` is the address from accept(2), which is known even if the peer has disconnected; `None` on a Unix
-    /// socket.
-    pub(super) fn new(server: Arc<Server>, client: Option<SocketAddr>, share: ShareGuard) -> Self {
+    pub(super) fn new(server: Arc<Server>, log: SessionLog, share: ShareGuard, conn: Conn) -> Self {
         let (policy, quota) = (server.policy.current(), server.limiter.session_quota());
-        Self { permit: SessionPermit { server, share, quota }, log: SessionLog::new(client), login: None, policy }
+        let deadline = Instant::now() + server.options.handshake_timeout;
+        Self { permit: SessionPermit { server, share, quota }, log, conn, deadline, login: None, policy }
     }
 
     pub(super) fn server(&self) -> &Server {
@@ -93,8 +96,8 @@ impl Session {
 
     /// Returns the address that the client has connected to; `None` on a Unix socket. If this is a load balancer's
     /// connection, whose address the client cannot reach, returns the one on the route to the client.
-    pub(super) fn control_addr(&self, conn: &Conn) -> Option<SocketAddr> {
-        let local = conn.local_addr();
+    pub(super) fn control_addr(&self) -> Option<SocketAddr> {
+        let local = self.conn.local_addr();
         let client = self.log.client().filter(|_| self.log.is_forwarded());
         let cannot_reach = |client: &SocketAddr| {
             let is_loopback = |addr: SocketAddr| addr.ip().is_loopback();
@@ -153,37 +156,15 @@ impl Session {
     /// Runs `work`, and cancels it when the client disconnects or a reloaded policy denies the session.
     pub(super) fn cancellable<T>(
         &self,
-        client: &Conn,
         work: impl Future<Output = SessionResult<T>>,
     ) -> impl Future<Output = SessionResult<T>> {
-        unless(self.disconnected(client).or(self.denied_by_reload()), work)
-    }
-
-    // These are not generic: the compiler would repeat their code for each use.
-    async fn disconnected(&self, client: &Conn) -> SessionError {
-        client.wait_eof().await;
-        if !client.is_reset() {
-            sleep(HALF_CLOSED_GRACE).await;
-        }
-        SessionError::silent("client disconnected before the reply")
-    }
-
-    /// Waits until a reloaded policy denies this session, and returns the error.
-    pub(super) async fn denied_by_reload(&self) -> SessionError {
-        // A copy: `reply_success` checks this generation again, because it also knows the address of the peer.
-        let seen = self.log.policy_generation.clone();
-        poll_fn(|_| match self.server().policy.recheck(&self.log, &seen, || None) {
-            Some(reason) => Poll::Ready(SessionError::not_allowed(reason)),
-            None => Poll::Pending,
-        })
-        .await
+        unless(disconnected(&self.conn).or(denied_by_reload(self.server(), &self.log)), work)
     }
 
     /// Sends a success reply, unless a reloaded policy denies the session. `peer` returns the peer of a direct
     /// connection. The log keeps the first BND, which is the address of this server's socket.
     pub(super) async fn reply_success(
         &mut self,
-        client: &mut Conn,
         bnd: Addr,
         peer: impl FnOnce() -> Option<SocketAddr>,
     ) -> SessionResult<()> {
@@ -194,13 +175,33 @@ impl Session {
         if let Host::Ip(ip) = bnd.host {
             self.log.set_bnd(SocketAddr::new(ip, bnd.port));
         }
-        let sent = client.write_message(&Reply { rep: Rep::SUCCEEDED, bnd }).await.map_err(SessionError::silent);
+        let sent = self.conn.write_message(&Reply { rep: Rep::SUCCEEDED, bnd }).await.map_err(SessionError::silent);
         if sent.is_ok() {
             self.log.rep = Some(Rep::SUCCEEDED);
         }
         self.log.count_result(false);
         sent
     }
+}
+
+// These are not generic: the compiler would repeat their code for each use.
+pub(super) async fn disconnected(client: &Conn) -> SessionError {
+    client.wait_eof().await;
+    if !client.is_reset() {
+        sleep(HALF_CLOSED_GRACE).await;
+    }
+    SessionError::silent("client disconnected before the reply")
+}
+
+/// Waits until a reloaded policy denies this session, and returns the error.
+pub(super) async fn denied_by_reload(server: &Server, log: &SessionLog) -> SessionError {
+    // A copy: `reply_success` checks this generation again, because it also knows the address of the peer.
+    let seen = log.policy_generation.clone();
+    poll_fn(|_| match server.policy.recheck(log, &seen, || None) {
+        Some(reason) => Poll::Ready(SessionError::not_allowed(reason)),
+        None => Poll::Pending,
+    })
+    .await
 }
 
 /// Runs `work` until `cancelled` returns an error.

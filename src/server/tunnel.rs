@@ -19,9 +19,9 @@ pub(super) struct Tunnel {
 }
 
 impl Tunnel {
-    pub(super) fn new(session: Session, client: Conn, target: Conn) -> Self {
-        let Session { permit, log, .. } = session;
-        Self { client, target, log, permit }
+    pub(super) fn new(session: Session, target: Conn) -> Self {
+        let Session { permit, log, conn, .. } = session;
+        Self { client: conn, target, log, permit }
     }
 
     /// Relays in a task on this thread. Without a rate limit, a bulk tunnel moves to a worker with fewer bulk tunnels.

@@ -5,10 +5,11 @@
 use std::borrow::Cow;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::task::Context;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use futures_lite::AsyncReadExt as _;
+use futures_lite::AsyncRead as _;
 
 use super::super::local_addr::bind_in_range;
 use super::super::shared_ports::Membership;
@@ -38,14 +39,16 @@ pub(super) struct ClientSocket {
     protection: Option<Protection>,
     /// Set if associations share the port.
     membership: Option<Membership>,
+    /// Number of bytes on the control connection that were ignored.
+    ignored: usize,
 }
 
 impl ClientSocket {
-    pub(super) async fn bind(session: &Session, control: &Conn, dst: &Addr) -> io::Result<Self> {
+    pub(super) async fn bind(session: &Session, dst: &Addr) -> io::Result<Self> {
         let addr = expected_sender(session, dst);
-        let mut local = session.control_addr(control).unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
+        let mut local = session.control_addr().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         local.set_port(0);
-        let (server, protection) = (session.server(), control.protection().cloned());
+        let (server, protection) = (session.server(), session.conn.protection().cloned());
         let ports = server.options.udp_ports.as_ref();
         let (socket, membership) = match ports.and_then(PortRange::single) {
             Some(port) => {
@@ -69,7 +72,18 @@ impl ClientSocket {
         // receives nothing, until the client's port is known.
         let is_port_fixed = addr.port() != 0;
         socket.get_ref().connect(if is_port_fixed || membership.is_none() { addr } else { local })?;
-        Ok(Self { socket, addr, is_port_fixed, last_heard: Instant::now(), protection, membership })
+        Ok(Self { socket, addr, is_port_fixed, last_heard: Instant::now(), protection, membership, ignored: 0 })
+    }
+
+    /// Ready when the client closes the control connection, or with an error if it sends too much data on it.
+    pub(super) fn poll_control_end(&mut self, control: &mut Conn, cx: &mut Context<'_>) -> Poll<Option<String>> {
+        while let Ok(n @ 1..) = ready!(Pin::new(&mut *control).poll_read(cx, &mut [0; 256])) {
+            self.ignored += n;
+            if self.ignored > MAX_CONTROL_BYTES {
+                return Poll::Ready(Some("too much data on the control connection".into()));
+            }
+        }
+        Poll::Ready(None)
     }
 
     pub(super) fn has_port(&self) -> bool {
@@ -185,17 +199,4 @@ fn expected_sender(session: &Session, dst: &Addr) -> SocketAddr {
     let is_client = dst_ip.is_some_and(|ip| ip.to_canonical() == addr.ip().to_canonical());
     addr.set_port(if is_client { dst.port } else { 0 });
     addr
-}
-
-/// Waits until the client closes the control connection, or returns an error if it sends too much data on it.
-pub(super) async fn wait_for_end(control: &mut Conn) -> Option<String> {
-    let mut ignored = [0; 256];
-    let mut total = 0;
-    while let Ok(n @ 1..) = control.read(&mut ignored).await {
-        total += n;
-        if total > MAX_CONTROL_BYTES {
-            return Some("too much data on the control connection".into());
-        }
-    }
-    None
 }

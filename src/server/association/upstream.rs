@@ -13,7 +13,6 @@ use super::super::reply::{SessionError, SessionResult};
 use super::super::shares::ShareGuard;
 use super::super::state::Session;
 use crate::client::{Association, Client};
-use crate::conn::Conn;
 use crate::counters::{self, Counter};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Command, Host};
@@ -157,12 +156,12 @@ impl Upstream {
 
 /// Opens the association with a hop if the rules allow no other route: if the hop fails, the client receives its error
 /// instead of losing all datagrams. With several routes, each hop is opened when it is needed.
-pub(super) async fn open_only_route(session: &mut Session, control: &Conn) -> SessionResult<Vec<Upstream>> {
+pub(super) async fn open_only_route(session: &mut Session) -> SessionResult<Vec<Upstream>> {
     let Some(route) = only_route(session) else { return Ok(Vec::new()) };
     let Some(HopAccess { hop, .. }) = session.hop_access(route)? else { return Ok(Vec::new()) };
     session.log_route(route, None, None);
     let opening = Upstream::open(session, route);
-    let (association, proxy) = session.cancellable(control, opening).await?;
+    let (association, proxy) = session.cancellable(opening).await?;
     session.log_route(route, Some(&proxy), association.local_addr());
     let mut upstream = Upstream::new(route, hop);
     upstream.set_open(association);
