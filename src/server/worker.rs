@@ -190,11 +190,12 @@ impl WorkerPool {
     async fn run_on_all(&self, call: fn()) {
         let (done, all_done) = channel::bounded::<Infallible>(1);
         for worker in &self.workers {
-            let done = done.clone();
+            let [done, tunnels_done] = [done.clone(), done.clone()];
             worker.send(move || {
                 spawn(async move {
                     call();
-                    // Tasks run in the order of their wake-ups, so this one continues after all of them.
+                    // Tasks run in the order of their wake-ups, so this one and that of a tunnel end after all of them.
+                    spawn_tunnel(Box::pin(async move { drop(tunnels_done) }) as BoxedTask);
                     yield_now().await;
                     drop(done);
                 });
