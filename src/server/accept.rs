@@ -22,15 +22,14 @@ const ACCEPTS_PER_TURN: usize = 32;
 /// Starts one accept loop for each listener on the worker of this thread. They run until the shutdown.
 pub(super) fn start(server: &Arc<Server>, listeners: &[Arc<Listener>]) -> io::Result<()> {
     for listener in listeners {
-        let accept_loop = AcceptLoop { server: server.clone(), listener: Io::shared_listener(listener.clone())? };
+        let (server, listener) = (server.clone(), Io::shared_listener(listener.clone())?);
         worker::spawn_boxed(async move {
-            let workers = &accept_loop.server.workers;
-            let accepting = accept_loop.run().or(workers.wait_stop_accepting());
+            let accepting = accept_all(&server, &listener).or(server.workers.wait_stop_accepting());
             let ended = AssertUnwindSafe(accepting).catch_unwind().await;
             // Other processes can have the socket. Their event loops must be woken for new connections, not this one.
-            accept_loop.listener.deregister();
+            listener.deregister();
             if ended.is_err() {
-                workers.report(WorkerReport::Failed(panic_error()));
+                server.workers.report(WorkerReport::Failed(panic_error()));
             }
         });
     }
@@ -38,53 +37,43 @@ pub(super) fn start(server: &Arc<Server>, listeners: &[Arc<Listener>]) -> io::Re
 }
 
 /// Accepts the connections of one listener.
-struct AcceptLoop {
-    server: Arc<Server>,
-    listener: Io<Arc<Listener>>,
-}
-
-impl AcceptLoop {
-    async fn run(&self) {
-        for attempts in 1_usize.. {
-            // Only for a connection that may be waiting: otherwise idle listeners would hold unused reservations.
-            self.listener.ready(Interest::Read).await;
-            let Some(mut reserved) = self.server.limiter.reserve(|| self.has_waiting()).await else { continue };
-            match self.listener.try_with(Interest::Read, |listener| listener.accept()) {
-                Ok((conn, client)) => {
-                    // The client of a load balancer is not known yet.
-                    let is_known = !self.server.options.is_balancer(client);
-                    if is_known && !self.server.limiter.admit_client(&mut reserved, client) {
-                        continue;
-                    }
-                    let server = self.server.clone();
-                    let start = move || session::start(server, client, reserved, conn);
-                    match self.server.workers.less_loaded() {
+async fn accept_all(server: &Arc<Server>, listener: &Io<Arc<Listener>>) {
+    for attempts in 1_usize.. {
+        // Only for a connection that may be waiting: otherwise idle listeners would hold unused reservations.
+        listener.ready(Interest::Read).await;
+        let has_waiting = || listener.try_with(Interest::Read, check_readable).is_ok();
+        let Some(mut reserved) = server.limiter.reserve(has_waiting).await else { continue };
+        match listener.try_with(Interest::Read, |listener| listener.accept()) {
+            Ok((conn, client)) => {
+                // The client of a load balancer is not known yet.
+                let is_known = !server.options.is_balancer(client);
+                if !is_known || server.limiter.admit_client(&mut reserved, client) {
+                    let this = server.clone();
+                    let start = move || session::start(this, client, reserved, conn);
+                    match server.workers.less_loaded() {
                         Some(worker) => worker.send(start),
                         None => start(),
                     }
                 }
-                // Another worker has accepted the connection, or the client has closed it.
-                Err(error) if is_transient(&error) => {}
-                Err(error) => {
-                    warn(|| format!("accept on {}: {error} (retrying)", self.listener.get_ref()));
-                    sleep(ACCEPT_RETRY_DELAY).await;
-                }
             }
-            if attempts.is_multiple_of(ACCEPTS_PER_TURN) {
-                yield_now().await;
+            // Another worker has accepted the connection, or the client has closed it.
+            Err(error) if is_transient(&error) => {}
+            Err(error) => {
+                warn(|| format!("accept on {}: {error} (retrying)", listener.get_ref()));
+                sleep(ACCEPT_RETRY_DELAY).await;
             }
         }
+        if attempts.is_multiple_of(ACCEPTS_PER_TURN) {
+            yield_now().await;
+        }
     }
+}
 
-    /// Returns whether a connection waits to be accepted. If not, the next event of the listener reports one.
-    fn has_waiting(&self) -> bool {
-        let is_readable = |listener: &Arc<Listener>| {
-            let mut fds = [PollFd::new(listener, PollFlags::IN)];
-            let ready = rustix::event::poll(&mut fds, Some(&Timespec::default()))?;
-            if ready == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
-        };
-        self.listener.try_with(Interest::Read, is_readable).is_ok()
-    }
+/// Returns an error if no connection waits to be accepted. Then the next event of the listener reports one.
+fn check_readable(listener: &Arc<Listener>) -> io::Result<()> {
+    let mut fds = [PollFd::new(listener, PollFlags::IN)];
+    let ready = rustix::event::poll(&mut fds, Some(&Timespec::default()))?;
+    if ready == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
 }
 
 /// Returns true if the next accept(2) may succeed at once.

@@ -2,13 +2,13 @@
 
 use std::fmt::{Display, Write as _};
 use std::fs;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
 use std::time::SystemTime;
 
 use rustix::process::{Resource, getrlimit};
 
 use super::session_counts;
+use super::shares::lock;
 use super::state::Server;
 use crate::counters::{self, BUCKETS, COUNTERS, HISTOGRAMS, Histogram};
 
@@ -34,7 +34,7 @@ pub(super) fn text(server: Option<&Server>) -> String {
     add(&mut out, "s5_sessions_total", "Sessions by result: at their success, or at their end.", results);
     HISTOGRAMS.iter().for_each(|(histogram, name, _, help)| add_histogram(&mut out, name, help, *histogram));
     if let Some(server) = server {
-        let denials = server.policy.current().denials.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let denials = lock(&server.policy.current().denials).clone();
         let help = "Decisions to deny since the last reload: connections, requests, addresses and datagrams.";
         let escape = |rule: &str| rule.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
         let denials = denials.iter().map(|(rule, count)| (format!("rule=\"{}\"", escape(rule)), count));

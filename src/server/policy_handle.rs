@@ -11,6 +11,7 @@ use std::time::Instant;
 use super::local_addr::is_local;
 use super::passwords::{Login, VerifiedPasswords};
 use super::session_log::{SessionLog, with_addr};
+use super::shares::lock;
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 use crate::policy::users::HashMemory;
 use crate::policy::{Policy, is_reachable};
@@ -120,7 +121,7 @@ impl PolicySnapshot {
     }
 
     fn count_denial(&self, rule: &Rule) {
-        let (mut denials, label) = (self.denials.lock().unwrap_or_else(PoisonError::into_inner), rule.label());
+        let (mut denials, label) = (lock(&self.denials), rule.label());
         let is_separate = denials.len() < MAX_DENYING_RULES || denials.contains_key(&label);
         *denials.entry(if is_separate { label } else { "others".into() }).or_default() += 1;
     }
