@@ -158,14 +158,14 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
     let (is_replaced, replaced) = channel::bounded(1);
     health::start(&metrics, started.clone(), replaced).map_err(ServerError::io("start a thread for metrics"))?;
+    // From now on, only the accept loops and the sessions keep the server alive.
+    let server = Arc::downgrade(&{ server });
+    let server = started.get_or_init(|| server);
     for addr in addrs {
         log::info!("listening on {addr}");
     }
     log_sandbox();
     notifier.ready();
-    // From now on, only the accept loops and the sessions keep the server alive.
-    let server = Arc::downgrade(&{ server });
-    let server = started.get_or_init(|| server);
     let reload = async || {
         notifier.reloading();
         log_queue::reopen_access_log();
