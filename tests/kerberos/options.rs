@@ -98,7 +98,8 @@ fn unreadable_keytab_is_reported_at_start() {
     }
     // Only the keytab is unreadable for the other user.
     let (program, keytab) = (path(&dir.path().join("s5")), path(&dir.path().join("keytab")));
-    std::fs::copy(env!("CARGO_BIN_EXE_s5"), &program).expect("a copy");
+    // By another process, so that no child of this one has it open for writing.
+    stdout(Command::new("cp").args([env!("CARGO_BIN_EXE_s5"), &program]), b"");
     std::fs::copy(realm.file("service.keytab"), &keytab).expect("a copy");
     let mode = |path: &str, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("a mode");
     mode(&path(dir.path()), 0o755);

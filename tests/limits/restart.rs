@@ -8,9 +8,7 @@ fn new_process_that_is_not_ready_in_time_is_killed_and_the_server_continues() {
     let program = dir.path().join("s5");
     symlink(s5().get_program(), &program).expect("link created");
     let server = Server::start_with(Command::new(&program).args(["serve", "--listen", "127.0.0.1:0"]), 1);
-    fs::remove_file(&program).expect("removed");
-    write_file(dir.path(), "s5", "#!/bin/sh\necho started $$ >&2\nexec sleep 60\n");
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("permissions set");
+    write_script(&program, "#!/bin/sh\necho started $$ >&2\nexec sleep 60\n");
     server.signal("USR2");
     let log = server.wait_log(|log| log.contains("started "));
     let pid = log.split_once("started ").and_then(|(_, rest)| rest.lines().next()).expect("a process id");

@@ -62,6 +62,14 @@ pub fn wait_session(server: &Server, words: &[&str]) {
     server.wait_log(|log| session_lines(log).iter().any(|line| words.iter().all(|word| line.contains(word))));
 }
 
+/// Writes an executable script. Another process does it: one that a thread of this process starts meanwhile would have
+/// the open file too, and then the script cannot run (ETXTBSY).
+pub fn write_script(path: &Path, text: &str) {
+    let script = "rm -f \"$1\" && printf %s \"$2\" > \"$1\" && chmod 755 \"$1\"";
+    let written = Command::new("sh").args(["-c", script, "sh"]).arg(path).arg(text).status();
+    assert!(written.expect("sh runs").success());
+}
+
 /// A child process with its process group. Drop kills the group.
 pub struct ProcessGroup {
     child: Child,

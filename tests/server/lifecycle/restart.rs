@@ -101,8 +101,7 @@ fn restart_runs_the_program_that_is_now_at_the_path_and_keeps_options_and_user()
     let (link, upgraded) = (dir.path().join("s5"), dir.path().join("upgraded"));
     symlink(s5().get_program(), &link).expect("link created");
     let real = s5().get_program().display().to_string();
-    write_file(dir.path(), "upgraded", &format!("#!/bin/sh\necho upgraded >&2\nexec {real} \"$@\"\n"));
-    fs::set_permissions(&upgraded, fs::Permissions::from_mode(0o755)).expect("permissions set");
+    write_script(&upgraded, &format!("#!/bin/sh\necho upgraded >&2\nexec {real} \"$@\"\n"));
     let run_as = if rustix::process::geteuid().is_root() { &["--run-as", "nobody"][..] } else { &[] };
     let target = echo_server();
     let name = dir.path().join("notify").display().to_string();
@@ -129,7 +128,6 @@ fn restart_runs_the_program_that_is_now_at_the_path_and_keeps_options_and_user()
         reports += &format!("{}\n", String::from_utf8_lossy(&buffer[..n]));
     }
     let pid = successor.0.as_raw_nonzero();
-    assert!(reports.ends_with("READY=1\nSTATUS=serving: 0 sessions open, 0 since the start\n"), "{reports}");
     assert_eq!(reports.matches(&format!("MAINPID={pid}\n")).count(), 2, "{reports}");
     assert!(!reports.contains("STOPPING"), "{reports}");
     drop(successor);
@@ -141,7 +139,7 @@ fn server_continues_if_the_new_process_fails_and_logs_what_it_said() {
     let dir = temp_dir();
     let rules = write_file(dir.path(), "rules", "allow\n");
     let program = dir.path().join("s5");
-    fs::copy(s5().get_program(), &program).expect("copied");
+    symlink(s5().get_program(), &program).expect("link created");
     let mut command = Command::new(&program);
     let unix_path = dir.path().join("socket");
     command.args(["serve", "--listen", "127.0.0.1:0", "--rules", &rules]);
@@ -162,13 +160,12 @@ fn server_continues_if_the_new_process_fails_and_logs_what_it_said() {
     assert!(failure(&server).contains(" (exit status: 2); this process goes on"));
     fs::remove_file(&program).expect("removed");
     fails(": no such file or directory; ");
-    write_file(dir.path(), "s5", "#!/bin/sh\nkill -SEGV $$\n");
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("permissions set");
+    write_script(&program, "#!/bin/sh\nkill -SEGV $$\n");
     fails(": signal: 11 (SIGSEGV)");
-    write_file(dir.path(), "s5", "#!/bin/sh\nexit 0\n");
+    write_script(&program, "#!/bin/sh\nexit 0\n");
     fails(": exit status: 0; ");
     // A restart that succeeds after all.
-    fs::remove_file(&program).and_then(|()| fs::copy(s5().get_program(), &program)).expect("copied");
+    fs::remove_file(&program).and_then(|()| symlink(s5().get_program(), &program)).expect("link created");
     fs::write(&rules, "allow\n").expect("written");
     server.signal("USR2");
     drop(Successor::after_signal(&server));
@@ -180,9 +177,7 @@ fn second_restart_is_refused_while_one_is_in_progress_and_sigterm_ends_it() {
     let program = dir.path().join("s5");
     symlink(s5().get_program(), &program).expect("link created");
     let mut server = Server::start_with(Command::new(&program).args(["serve", "--listen", "127.0.0.1:0"]), 1);
-    fs::remove_file(&program).expect("removed");
-    write_file(dir.path(), "s5", "#!/bin/sh\necho started $$ >&2\nexec sleep 60\n");
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("permissions set");
+    write_script(&program, "#!/bin/sh\necho started $$ >&2\nexec sleep 60\n");
     server.signal("USR2");
     let log = server.wait_log(|log| log.contains("started "));
     let pid = log.split_once("started ").and_then(|(_, rest)| rest.lines().next()?.parse().ok());
