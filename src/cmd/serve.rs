@@ -14,7 +14,7 @@ use log::LevelFilter;
 
 use super::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use super::cli::logger::Logger;
-use super::cli::output_file;
+use super::cli::output_file::{append, check_append};
 use crate::client::ClientOptions;
 use crate::gssapi::Initiator;
 use crate::net::LocalAddr;
@@ -148,7 +148,7 @@ fn options(
         gssapi_acceptor: acceptor.transpose()?,
         hop_options: hop_options.into(),
         hops,
-        access_log: args.access_log.clone().map(|path| AccessLog { path, open: output_file::append }),
+        access_log: args.access_log.clone().map(|path| AccessLog { path, open: append, check: check_append }),
         reload_files,
         args,
     })

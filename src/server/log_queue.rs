@@ -46,6 +46,8 @@ pub struct AccessLog {
     pub path: PathBuf,
     /// Opens the file at the path to append to it, and creates it if it is missing.
     pub open: fn(&Path) -> io::Result<File>,
+    /// Returns the error of `open`, but creates no file.
+    pub check: fn(&Path) -> io::Result<()>,
 }
 
 /// The lines for a thread.

@@ -9,6 +9,7 @@ use super::args::ServeArgs;
 use super::inherited::{from_predecessor, is_successor};
 use super::listen::{ListenAddr, Listener};
 use super::local_addr::is_local;
+use super::log_queue::AccessLog;
 use super::options::Options;
 use super::sandbox;
 use crate::client::{Endpoint, Proxy};
@@ -41,7 +42,9 @@ pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError
         addrs.extend(listen.resolve().map_err(ServerError::io(format!("listen on {listen}")))?);
     }
     policy.metrics_addrs = options.metrics.iter().flat_map(ListenAddr::addrs).collect();
-    prepare(&mut policy, &options, addrs).map(|log_sandbox| log_sandbox())
+    prepare(&mut policy, &options, addrs)?();
+    let Some(AccessLog { path, check, .. }) = options.access_log else { return Ok(()) };
+    check(&path).map_err(|error| ServerError::AccessLog(path, error))
 }
 
 /// Checks the configuration of a server with these addresses, and enters the sandbox. Returns a function that logs what is

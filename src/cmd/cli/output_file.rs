@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
+use rustix::fs::{Access, OFlags, access};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
@@ -62,6 +62,12 @@ pub(crate) fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
 /// Opens a file to append to it. Creates it if it is missing, with mode 640 without the bits of the umask.
 pub(crate) fn append(path: &Path) -> io::Result<File> {
     open(path, OpenOptions::new().append(true).create(true).mode(0o640))
+}
+
+/// Returns the error of [`append`], but creates no file.
+pub(crate) fn check_append(path: &Path) -> io::Result<()> {
+    let (path, create) = (resolve_links(path)?, Access::WRITE_OK | Access::EXEC_OK);
+    if path.try_exists()? { append(&path).map(drop) } else { Ok(access(directory(&path), create)?) }
 }
 
 /// Replaces the file at a path without symbolic links atomically: a reader sees all of the new file or nothing. `write`

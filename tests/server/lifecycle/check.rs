@@ -41,6 +41,19 @@ fn check_of_a_valid_configuration_prints_one_line_and_opens_no_port() {
 }
 
 #[test]
+fn check_of_the_access_log_creates_and_changes_no_file() {
+    let dir = temp_dir();
+    let (old, new, link) = (write_file(dir.path(), "old", "a line\n"), dir.path().join("new"), dir.path().join("link"));
+    symlink("new", &link).expect("link created");
+    for file in [old.as_str(), &new.display().to_string(), &link.display().to_string(), "/dev/null"] {
+        let output = check(&format!("--access-log {file}"));
+        assert!(output.status.success(), "{file}: {}", text(&output.stderr));
+    }
+    assert!(!new.exists());
+    assert_eq!(fs::read(&old).expect("file read"), b"a line\n");
+}
+
+#[test]
 fn check_fails_like_a_start() {
     let dir = temp_dir();
     let file = |name, text| write_file(dir.path(), name, text);
@@ -60,10 +73,20 @@ fn check_fails_like_a_start() {
         (2, "--no-such-option".into(), "--no-such-option"),
         (2, "--allow-remote-metrics".into(), "--allow-remote-metrics requires --metrics ADDR"),
         (2, "--access-log -".into(), "--access-log \"-\": expected a file"),
+        (
+            23,
+            "--access-log /nonexistent/log".into(),
+            "--access-log /nonexistent/log: no such file or directory (create its directory)",
+        ),
+        (23, "--access-log /proc/s5.log".into(), "--access-log /proc/s5.log: "),
+        (23, "--access-log /".into(), "--access-log /: is a directory"),
         (1, "--listen nonexistent.invalid:1080".into(), "listen on nonexistent.invalid:1080: "),
     ];
     if !rustix::process::geteuid().is_root() {
         table.push((1, "--run-as 1:1".into(), "switch to the user of --run-as: "));
+    } else {
+        let args = format!("--run-as nobody --access-log {}", dir.path().join("log").display());
+        table.push((23, args, "log: permission denied (the user of the server must"));
     }
     for (status, args, word) in table {
         assert_fails_with(&check(&args), status, &[word]);
