@@ -194,6 +194,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
             };
             server.workers.wait_for_all().or(timeout).await;
         }
+        log_queue::FOLLOWS_PATH.store(true, Ordering::Relaxed);
         notifier.replaced_by(pid);
         log::info!("restart: process {pid} accepts connections from now on");
         // The successor accepts connections when the connection to it is closed.

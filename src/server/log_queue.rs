@@ -4,9 +4,10 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex};
@@ -34,6 +35,8 @@ static STDERR: Queue = Queue::new();
 static ACCESS_LOG: Queue = Queue::new();
 /// Set when the access log is to be opened again.
 static REOPEN: AtomicBool = AtomicBool::new(false);
+/// Set when another process gets the signals. Then the access log is opened again if another file is at its path.
+pub(super) static FOLLOWS_PATH: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
     static WRITES_STDERR: Cell<bool> = const { Cell::new(false) };
@@ -151,12 +154,20 @@ impl Queue {
 }
 
 impl AccessLog {
-    /// Opens the file again after [`reopen_access_log`]. After an error, the lines still go to the file of before.
+    /// Opens the file again after [`reopen_access_log`], or if another process has. After an error, the lines still go to
+    /// the file of before.
     fn reopen(&self, file: &mut File) {
-        if REOPEN.swap(false, Ordering::Acquire) {
+        let id = |file: Metadata| (file.dev(), file.ino());
+        let is_other = |there| file.metadata().is_ok_and(|open| id(open) != id(there));
+        let is_moved = || FOLLOWS_PATH.load(Ordering::Relaxed) && fs::metadata(&self.path).is_ok_and(is_other);
+        if REOPEN.swap(false, Ordering::Acquire) || is_moved() {
             match (self.open)(&self.path) {
                 Ok(new) => *file = new,
-                Err(error) => log::error!("--access-log {}: {error}; keeping the open file", self.path.display()),
+                Err(error) => {
+                    // Logged once, and not for each line.
+                    FOLLOWS_PATH.store(false, Ordering::Relaxed);
+                    log::error!("--access-log {}: {error}; keeping the open file", self.path.display());
+                }
             }
         }
     }

@@ -2,6 +2,8 @@
 
 use std::os::unix::fs::{MetadataExt as _, chown, lchown};
 
+use rustix::process::{Signal, kill_process};
+
 use crate::*;
 
 /// A folder for the log, and the path of the file.
@@ -117,6 +119,27 @@ fn full_disk_costs_lines_that_are_counted_and_no_session() {
     let log = server.wait_log(|log| log.contains(" level=warn msg=lost lines="));
     assert!(log.contains(&format!(" file=\"{file}\" error=\"no space left on device\"\n")), "{log}");
     wait_until("all lines are written or lost", TIMEOUT, || ids(dir.path()).len() + lost(&server.log()) == 61);
+}
+
+#[test]
+fn process_that_drains_after_a_restart_writes_to_the_file_that_the_new_one_has_opened() {
+    let (_dir, file) = log_file();
+    let old = format!("{file}.1");
+    let mut server = Server::start(&["--access-log", &file, "--drain-timeout", "60"]);
+    let tunnels = [1, 2].map(|_| connect_to(&server, echo_server()));
+    let successor = Successor::of(&server);
+    fs::rename(&file, &old).expect("renamed");
+    let lines = |file: &str| fs::read_to_string(file).map_or(0, |text| text.lines().count());
+    let [first, last] = tunnels;
+    // The new process has not handled the signal yet.
+    drop(first);
+    wait_until("the line is in the old file", TIMEOUT, || lines(&old) == 1);
+    kill_process(successor.0, Signal::HUP).expect("the new process runs");
+    wait_until("there is a new file", TIMEOUT, || fs::exists(&file).expect("checked"));
+    drop(last);
+    wait_until("the line is in the new file", TIMEOUT, || lines(&file) == 1);
+    kill_process(successor.0, Signal::TERM).expect("the new process runs");
+    assert!(server.wait(TIMEOUT).success());
 }
 
 /// Returns the number of lost lines.
