@@ -8,7 +8,7 @@ mod containers;
 mod handshake;
 mod listen;
 mod log_lines;
-mod notify;
+pub mod notify;
 mod passwords;
 mod proxy_protocol;
 mod restart;

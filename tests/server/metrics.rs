@@ -1,5 +1,6 @@
 //! Metrics and health checks: the text format, the counts of each kind of event, the limits of the HTTP server.
 
+use crate::lifecycle::notify::stop_worker;
 use crate::udp::association::Association;
 use crate::*;
 
@@ -89,6 +90,24 @@ impl Metrics {
 
 fn result(command: &str, method: &str, rep: &str) -> String {
     format!("s5_sessions_total{{command=\"{command}\",method=\"{method}\",rep=\"{rep}\"}}")
+}
+
+/// Takes more than 10 s, the time after which a worker counts as stuck.
+#[test]
+fn healthz_is_503_while_a_worker_is_stuck() {
+    if !is_installed("strace") {
+        return;
+    }
+    let (server, metrics) = start(&["--threads", "2"]);
+    assert_eq!(get(metrics, "/healthz"), (200, "ok\n".into()));
+    let since = Instant::now();
+    let strace = stop_worker(&server);
+    wait_until("healthz has noticed", Duration::from_secs(25), || get(metrics, "/healthz").0 == 503);
+    assert!(since.elapsed() > Duration::from_secs(9), "{:?}", since.elapsed());
+    assert_eq!(get(metrics, "/healthz").1, "a worker is stuck\n");
+    assert_eq!([get(metrics, "/metrics").0, get(metrics, "/readyz").0], [200, 200]);
+    drop(strace);
+    wait_until("the worker runs again", TIMEOUT, || get(metrics, "/healthz").0 == 200);
 }
 
 #[test]

@@ -108,7 +108,18 @@ fn watchdog_is_fed_until_a_worker_is_stuck() {
     let server = manager.serve(&["--threads", "2"], &[("WATCHDOG_USEC", "200000")]);
     manager.wait("WATCHDOG=1");
     manager.wait("WATCHDOG=1");
-    // One of the two event loops waits for ever in the kernel.
+    let _strace = stop_worker(&server);
+    let mut last = Instant::now();
+    wait_until("the watchdog is not fed", TIMEOUT, || {
+        if manager.has_report() {
+            last = Instant::now();
+        }
+        last.elapsed() > Duration::from_secs(1)
+    });
+}
+
+/// Makes one event loop wait in the kernel, until the returned program ends.
+pub fn stop_worker(server: &Server) -> RunningProgram {
     let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs").flatten();
     let is_worker =
         |task: &fs::DirEntry| fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name == "s5-worker\n");
@@ -117,14 +128,7 @@ fn watchdog_is_fed_until_a_worker_is_stuck() {
     strace
         .args(["-e", "trace=epoll_wait,epoll_pwait,epoll_pwait2", "-e", "inject=all:delay_exit=60s", "-p"])
         .arg(worker);
-    let _strace = RunningProgram::start(&mut strace);
-    let mut last = Instant::now();
-    wait_until("the watchdog is not fed", TIMEOUT, || {
-        if manager.has_report() {
-            last = Instant::now();
-        }
-        last.elapsed() > Duration::from_secs(1)
-    });
+    RunningProgram::start(&mut strace)
 }
 
 #[test]
