@@ -59,8 +59,8 @@ pub struct ServeArgs {
     pub outbound_interface: Option<String>,
 
     /// set the mark of outbound packets (SO_MARK), for routing and the packet filter. N is decimal, or hexadecimal with
-    /// 0x. It applies to the same sockets as --outbound-interface, and requires CAP_NET_RAW (before Linux 5.17,
-    /// CAP_NET_ADMIN), which the server then keeps.
+    /// 0x. It applies to the same sockets as --outbound-interface: the queries of name resolution have no mark, because the
+    /// C library sends them. It requires CAP_NET_RAW (before Linux 5.17, CAP_NET_ADMIN), which the server then keeps.
     #[argh(option, hidden_help, arg_name = "N", from_str_fn(parse_mark))]
     pub mark: Option<u32>,
 

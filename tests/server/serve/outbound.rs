@@ -278,12 +278,14 @@ fn explain_shows_the_source_address_of_a_rule() {
 #[test]
 fn outbound_options_that_cannot_work_are_errors_at_the_start() {
     let unusable = "not a global, private or loopback address (choose an address of this host)";
-    let rows: [(&[&str], &str); 13] = [
+    let rows: [(&[&str], &str); 15] = [
         (&["--outbound", "224.0.0.1"], unusable),
         (&["--outbound", "::ffff:127.0.0.1"], unusable),
         (&["--outbound", "fe80::1"], unusable),
         (&["--allow", "outbound=255.255.255.255"], unusable),
-        (&["--outbound-interface", ""], "--outbound-interface: the name is empty"),
+        (&["--outbound-interface", ""], "--outbound-interface : expected 1 to 15 bytes"),
+        (&["--outbound-interface", "wg-to-the-office"], "wg-to-the-office: expected 1 to 15 bytes (ip link shows"),
+        (&["--outbound-interface", "wg-to-the-offic"], "--outbound-interface wg-to-the-offic: no such device"),
         (&["--outbound", "192.0.2.1"], "--outbound 192.0.2.1: "),
         (&["--outbound", "127.0.0.1", "--outbound", "2001:db8::1"], "--outbound 2001:db8::1: "),
         (&["--outbound", "127.0.0.1", "--outbound", "127.0.0.2"], "--outbound: at most one IPv4 and one IPv6 address"),
