@@ -27,6 +27,11 @@ impl ProxyHeader {
     pub fn is_start(bytes: &[u8]) -> bool {
         bytes.starts_with(V1_START) || !bytes.is_empty() && is_prefix(bytes, V2_SIGNATURE)
     }
+
+    /// Returns whether these bytes may become the start of a header of version 1, as the first bytes of `POST` do not.
+    pub fn may_become_start(bytes: &[u8]) -> bool {
+        bytes.len() < V1_START.len() && is_prefix(bytes, V1_START)
+    }
 }
 
 impl Message for ProxyHeader {

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures_lite::FutureExt as _;
+use futures_lite::{AsyncReadExt as _, FutureExt as _};
 
 use super::handshakes::HandshakeGuard;
 use super::log_shares::{Topic, in_session, set_current_client};
@@ -212,7 +212,11 @@ impl Session {
     }
 
     async fn select_method(&mut self, on_receipt: impl Fn()) -> SessionResult<Method> {
-        let greeting = self.conn.read_message_with(on_receipt).await;
+        let mut greeting = self.conn.read_message_with(on_receipt).await;
+        if let Err(ReadError::Protocol(_, bytes)) = &mut greeting {
+            // Boxed: other clients take no memory for it.
+            Box::pin(read_proxy_start(&mut self.conn, bytes)).await;
+        }
         let greeting: Greeting = greeting.map_err(|error| match error {
             ReadError::Protocol(_, bytes) if ProxyHeader::is_start(&bytes) => SessionError::silent(self.header_error()),
             error => read_error(error, greeting_error),
@@ -294,6 +298,14 @@ impl Session {
 
 fn not_configured() -> SessionError {
     SessionError::silent("the selected authentication method is not configured")
+}
+
+/// Reads on while the bytes may become the start of a PROXY header, which can arrive in pieces.
+async fn read_proxy_start(conn: &mut Conn, bytes: &mut Vec<u8>) {
+    let mut byte = [0];
+    while ProxyHeader::may_become_start(bytes) && matches!(conn.read(&mut byte).await, Ok(1)) {
+        bytes.extend(byte);
+    }
 }
 
 /// Returns the error of a message that was not read. `answer` returns it for an invalid message.

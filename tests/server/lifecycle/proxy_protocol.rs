@@ -130,6 +130,22 @@ fn proxy_header_of_other_addresses_is_refused_with_the_remedy() {
         assert!(session_lines(&log)[number].contains(error), "{log}");
         assert!(session_lines(&log)[number].contains("from=127.0.0.1:"), "{log}");
     }
+    // In pieces that are shorter than the start of a header. The first piece of `POST` is answered at once.
+    let mut stream = server.connect();
+    stream.set_nodelay(true).expect("option set");
+    let header = v1(addr("192.0.2.7:4000"));
+    for piece in [&header[..1], &header[1..5]] {
+        stream.write_all(piece).expect("data sent");
+        assert_no_data(&stream, Duration::from_millis(100));
+    }
+    stream.write_all(&header[5..]).expect("data sent");
+    let _ = stream.read_to_end(&mut Vec::new());
+    wait_until("it is logged", TIMEOUT, || server.log().matches("error=\"PROXY header, but not from").count() == 3);
+    for start in [&b"PO"[..], b"PROP", b"G"] {
+        let mut stream = server.connect();
+        stream.write_all(start).expect("data sent");
+        assert!(read_exact(&mut stream, 9).starts_with(b"HTTP/1.0 "), "{start:?}");
+    }
     // From the same address, sessions without a header work.
     drop(connect_to(&server, echo_server()));
 }
