@@ -4,7 +4,11 @@ use super::tools::alice_and_bob;
 use crate::*;
 
 /// Log lines, each with the request that `--explain` prints for it.
-const LOG_LINES: [(&str, &str); 9] = [
+const LOG_LINES: [(&str, &str); 10] = [
+    (
+        "id=8 from=192.0.2.7:50000 proxy=127.0.0.1:40000 user=\"alice\" method=password command=connect to=\"a.test:25\"",
+        "from=192.0.2.7 user=alice method=password protection=none command=connect to=a.test:25",
+    ),
     (
         "ts=2026-11-26T21:17:50.123Z level=info msg=session id=7f3a from=192.0.2.7:50000 user=\"alice\" method=password \
          command=connect to=\"a.test:25\" addr=198.51.100.1:25 bnd=- rep=2 up=0 down=0 seconds=0.001 \
