@@ -194,7 +194,7 @@ pub struct ServeArgs {
     pub hop: Vec<String>,
 
     /// read user:password lines for --via and --hop. It is the file of CLIENT OPTIONS. s5 reads it again at SIGHUP, for
-    /// new connections to the proxies.
+    /// new connections to the proxies. A server that read stdin or a descriptor cannot restart at SIGUSR2.
     #[argh(option, arg_name = "FILE")]
     pub proxy_auth_file: Option<String>,
 

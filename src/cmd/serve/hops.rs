@@ -7,7 +7,7 @@ use crate::client::{Proxy, parse_hops};
 use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::cmd::netcat::credentials::{assign_logins, is_stream, read_environment, read_login_file};
 use crate::proto::Credentials;
-use crate::server::Chains;
+use crate::server::{Chains, is_successor};
 
 /// Name of the `--via` hop in the log.
 const VIA_HOP_NAME: &str = "--via";
@@ -44,6 +44,8 @@ impl HopSources {
         via.map_or(Ok(()), |url| sources.add(VIA_HOP_NAME, url))?;
         let has_unused_file = sources.login_file.is_some() && sources.hops.is_empty();
         CliError::usage_if(has_unused_file, "--proxy-auth-file requires --via or --hop")?;
+        let is_lost = is_successor() && sources.login_file.as_deref().is_some_and(is_stream);
+        CliError::usage_if(is_lost, "--proxy-auth-file: a restart cannot read stdin or a descriptor (use a file)")?;
         Ok(sources)
     }
 

@@ -172,6 +172,23 @@ fn server_continues_if_the_new_process_fails_and_logs_what_it_said() {
 }
 
 #[test]
+fn restart_is_refused_if_the_passwords_of_proxies_came_from_stdin() {
+    let dir = temp_dir();
+    let auth = write_file(dir.path(), "auth", "alice:secret\n");
+    for (file, shell) in [("-", "<"), ("fd:5", "5<")] {
+        let mut command = Command::new("sh");
+        let script =
+            format!("exec \"$0\" serve --listen 127.0.0.1:0 --proxy-auth-file {file} --via 127.0.0.1:1 {shell} {auth}");
+        let server = Server::start_with(command.args(["-c", &script]).arg(s5().get_program()), 1);
+        server.signal("USR2");
+        let line = failure(&server);
+        let expected = "--proxy-auth-file: a restart cannot read stdin or a descriptor (use a file) (exit status: 2); ";
+        assert!(line.contains(expected) && !line.contains("secret"), "{line}");
+        greet(&server);
+    }
+}
+
+#[test]
 fn second_restart_is_refused_while_one_is_in_progress_and_sigterm_ends_it() {
     let dir = temp_dir();
     let program = dir.path().join("s5");
