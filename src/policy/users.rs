@@ -202,7 +202,12 @@ fn above_limit(parameter: &str, value: u32, limit: u32, scheme: &str) -> String 
 /// The name is empty or longer than 255 bytes, starts with `#` or a byte order mark, or contains a colon or a control
 /// character. Or it starts or ends with whitespace.
 pub fn check_name(name: &str) -> Result<(), String> {
-    let problem = match name {
+    check_characters(name).map_err(|problem| format!("user name {:?} {problem}", excerpt(name)))
+}
+
+/// Like [`check_name`], but the error does not have the name.
+pub fn check_characters(name: &str) -> Result<(), &'static str> {
+    Err(match name {
         "" => "is empty",
         _ if name.len() > MAX_CREDENTIAL_LEN => "is longer than 255 bytes",
         _ if name.contains(':') => "contains \":\"",
@@ -211,21 +216,26 @@ pub fn check_name(name: &str) -> Result<(), String> {
         _ if name.starts_with('#') => "starts with \"#\"",
         _ if name.starts_with('\u{feff}') => "starts with a byte order mark (remove it)",
         _ => return Ok(()),
-    };
-    Err(format!("user name {:?} {problem}", excerpt(name)))
+    })
+}
+
+/// Checks that a new user can have a password.
+pub fn check_passwd(passwd: &[u8]) -> Result<(), &'static str> {
+    match passwd.len() {
+        0 => Err("is empty"),
+        length if length > MAX_CREDENTIAL_LEN => Err("is longer than 255 bytes"),
+        _ if passwd.iter().any(|byte| b"\r\n".contains(byte)) => Err("contains a line break (remove it)"),
+        _ => Ok(()),
+    }
 }
 
 /// Creates an entry `name:hash`: argon2id with the recommended cost (19 MiB, 2 passes) and a random salt.
 ///
 /// # Errors
-/// An invalid name, a password that is empty or longer than 255 bytes, or no random numbers from the system.
+/// An invalid name or password, or no random numbers from the system.
 pub fn new_entry(name: &str, passwd: &[u8]) -> Result<String, String> {
     check_name(name)?;
-    match passwd.len() {
-        0 => return Err("the password is empty".into()),
-        length if length > MAX_CREDENTIAL_LEN => return Err("the password is longer than 255 bytes".into()),
-        _ => {}
-    }
+    check_passwd(passwd).map_err(|problem| format!("the password {problem}"))?;
     let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, Params::default());
     let hash: PasswordHash = argon2.hash_password(passwd).map_err(|error| format!("hash the password: {error}"))?;
     Ok(format!("{name}:{hash}"))

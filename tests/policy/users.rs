@@ -363,7 +363,9 @@ fn new_entry_verifies_its_password() {
 
 #[test]
 fn new_entry_rejects_invalid_name_or_password() {
-    for (name, passwd) in [("", &b"p"[..]), ("a:b", b"p"), ("a\nb:c", b"p"), ("alice", b""), ("alice", &[b'p'; 256])] {
+    for (name, passwd) in
+        [("", &b"p"[..]), ("a:b", b"p"), ("a\nb:c", b"p"), ("alice", b""), ("alice", &[b'p'; 256]), ("alice", b"ppp\n")]
+    {
         let error = new_entry(name, passwd).expect_err("invalid entry");
         assert!(!error.contains("ppp") && !error.contains('\n'), "{error:?}");
     }

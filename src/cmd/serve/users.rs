@@ -31,7 +31,11 @@ pub(super) fn entry_in_environment(has_file: bool) -> CliResult<Option<String>> 
         (None, None) => return Ok(None),
     };
     secrets::empty_variable("S5_PASSWORD");
-    let name = name.to_str().ok_or_else(|| usage_error("the user name is not UTF-8"))?;
+    // Without the values: the password may be in the wrong variable.
+    let invalid = |variable| move |problem| CliError::usage(format!("{variable} {problem}"));
+    let name = name.to_str().ok_or("is not UTF-8").map_err(invalid("S5_USER"))?;
+    users::check_characters(name).map_err(invalid("S5_USER"))?;
+    users::check_passwd(passwd.as_bytes()).map_err(invalid("S5_PASSWORD"))?;
     users::new_entry(name, passwd.as_bytes()).map(Some).map_err(|error| usage_error(&error))
 }
 
