@@ -104,14 +104,17 @@ impl BatchSocket {
         self.io.get_ref()
     }
 
-    /// Receives up to `max` messages. Returns false if there are none. Skips errors, which are about earlier datagrams.
-    pub(crate) fn poll_receive(&self, cx: &mut Context<'_>, batch: &mut RecvBatch, max: usize) -> bool {
-        for _ in 0..max {
-            match self.io.poll_with(cx, Interest::Read, |socket| self.receive(socket, batch, max)) {
+    /// Receives a batch, and takes its number of datagrams from `budget`: the last batch may exceed it. Returns false if
+    /// there are no datagrams, or at the end of the budget; then the task is woken after others. Skips errors, which are
+    /// about earlier datagrams.
+    pub(crate) fn poll_receive(&self, cx: &mut Context<'_>, batch: &mut RecvBatch, budget: &mut usize) -> bool {
+        for _ in 0..*budget {
+            match self.io.poll_with(cx, Interest::Read, |socket| self.receive(socket, batch, *budget)) {
                 Poll::Ready(Ok(may_be_empty)) => {
                     if may_be_empty {
                         self.io.mark_not_ready(Interest::Read);
                     }
+                    *budget = budget.saturating_sub(batch.datagrams().count());
                     return true;
                 }
                 Poll::Ready(Err(_)) => {

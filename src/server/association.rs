@@ -94,17 +94,11 @@ impl AssociationRelay<'_> {
                 return Poll::Ready(Some(reason));
             }
             let mut now = Instant::now();
-            let has_more = BUFFERS.with_borrow_mut(|(received, to_send)| self.relay_ready(cx, now, received, to_send));
-            let has_resolved = self.send_resolved(cx);
-            let opened = match self.egress.poll_upstreams(self.session, cx) {
-                Ok(opened) => opened,
+            BUFFERS.with_borrow_mut(|(received, to_send)| self.relay_ready(cx, now, received, to_send));
+            self.send_resolved(cx);
+            match self.egress.poll_upstreams(self.session, cx) {
+                Ok(sent) => self.count_sent(sent),
                 Err(reason) => return Poll::Ready(Some(reason)),
-            };
-            self.count_sent(opened.unwrap_or_default());
-            // The new sockets have not been polled for answers yet.
-            if has_more || has_resolved || opened.is_some() {
-                wake_later(cx);
-                return Poll::Pending;
             }
             loop {
                 self.reassembler.expire(now);
@@ -138,51 +132,39 @@ impl AssociationRelay<'_> {
         None
     }
 
-    /// Relays received datagrams in both directions. Returns true if there may be more.
-    fn relay_ready(
-        &mut self,
-        cx: &mut Context<'_>,
-        now: Instant,
-        received: &mut RecvBatch,
-        to_send: &mut Vec<u8>,
-    ) -> bool {
+    /// Relays received datagrams in both directions.
+    fn relay_ready(&mut self, cx: &mut Context<'_>, now: Instant, received: &mut RecvBatch, to_send: &mut Vec<u8>) {
         while let Some((from, bytes)) = self.client.poll_handed_over(cx) {
             self.relay_from_client(now, once((from, bytes.as_slice())), to_send);
         }
         let mut budget = MAX_DATAGRAMS_PER_TURN;
-        while budget > 0 && self.client.socket.poll_receive(cx, received, budget) {
-            budget = budget.saturating_sub(received.datagrams().count());
+        while self.client.socket.poll_receive(cx, received, &mut budget) {
             self.relay_from_client(now, received.datagrams(), to_send);
         }
-        let mut has_more = budget == 0;
         for index in 0..self.egress.sockets.len() {
             let mut budget = MAX_DATAGRAMS_PER_TURN;
-            while let (Some(OutboundSocket { socket, .. }), 1..) = (self.egress.sockets.get(index), budget) {
-                if !socket.poll_receive(cx, received, budget) {
-                    break;
-                }
-                budget = budget.saturating_sub(received.datagrams().count());
+            while let Some(OutboundSocket { socket, .. }) = self.egress.sockets.get(index)
+                && socket.poll_receive(cx, received, &mut budget)
+            {
                 self.relay_from_targets(now, received, to_send);
             }
-            has_more |= budget == 0;
-            has_more |= self.record_unreachable(index);
+            self.record_unreachable(cx, index);
         }
-        has_more | self.relay_from_upstreams(cx, now)
+        self.relay_from_upstreams(cx, now);
     }
 
-    /// Records the ICMP errors that a socket has received about addresses of names. Returns true if it has sent a
-    /// datagram to another address, perhaps through a new socket, which has not been polled yet.
-    fn record_unreachable(&mut self, index: usize) -> bool {
-        let mut has_sent = false;
+    /// Records the ICMP errors that a socket has received about addresses of names.
+    fn record_unreachable(&mut self, cx: &Context<'_>, index: usize) {
         while let Some(OutboundSocket { socket, .. }) = self.egress.sockets.get(index)
             && let Some(addr) = socket.next_unreachable()
         {
             let name = self.egress.sent_to.get(addr.ip()).flatten();
             if let Some((name, data)) = name.and_then(|name| self.name_cache.on_unreachable(name, addr)) {
-                has_sent |= self.send_to_name(&name, addr.port(), &data);
+                self.send_to_name(&name, addr.port(), &data);
+                // A new socket has not been polled yet.
+                wake_later(cx);
             }
         }
-        has_sent
     }
 
     /// Records that the address of a name has answered.
@@ -192,8 +174,7 @@ impl AssociationRelay<'_> {
         }
     }
 
-    fn relay_from_upstreams(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
-        let mut has_more = false;
+    fn relay_from_upstreams(&mut self, cx: &mut Context<'_>, now: Instant) {
         for upstream in &self.egress.upstreams {
             let Some(association) = upstream.association() else { continue };
             let mut budget = MAX_DATAGRAMS_PER_TURN;
@@ -218,9 +199,10 @@ impl AssociationRelay<'_> {
                     self.send_answer(&from, &data);
                 }
             }
-            has_more |= budget == 0;
+            if budget == 0 {
+                wake_later(cx);
+            }
         }
-        has_more
     }
 
     fn relay_from_client<'a>(
@@ -351,11 +333,11 @@ impl AssociationRelay<'_> {
         upstream.is_some_and(|upstream| upstream.send(self.session, dst, data))
     }
 
-    /// Sends the datagrams whose names have been resolved. Returns false if there are none.
-    fn send_resolved(&mut self, cx: &mut Context<'_>) -> bool {
-        let resolved = self.name_cache.poll(cx);
-        let has_resolved = !resolved.is_empty();
-        for Resolved { name, result, waiting } in resolved {
+    /// Sends the datagrams whose names have been resolved.
+    fn send_resolved(&mut self, cx: &mut Context<'_>) {
+        for Resolved { name, result, waiting } in self.name_cache.poll(cx) {
+            // A new socket has not been polled yet.
+            wake_later(cx);
             self.session.log.log_lookup(Some(&name), &result);
             for (port, data) in waiting {
                 let dst = Addr { host: Host::Name(name.clone()), port };
@@ -366,7 +348,6 @@ impl AssociationRelay<'_> {
                 }
             }
         }
-        has_resolved
     }
 
     fn count_sent(&self, bytes: usize) {

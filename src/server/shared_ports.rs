@@ -7,6 +7,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -20,7 +21,7 @@ use smol::channel::{self, Receiver, Sender};
 
 use super::shares::lock;
 use super::worker;
-use crate::net::{BatchSocket, RecvBatch, share_port, wake_later};
+use crate::net::{BatchSocket, RecvBatch, share_port};
 use crate::proto::{Datagram, Frame};
 
 /// Datagrams that are received before other tasks run.
@@ -46,8 +47,8 @@ type GroupKey = (SocketAddr, IpAddr);
 /// The associations of one client address, oldest first.
 struct Group {
     members: Vec<Arc<Member>>,
-    /// Wakes the task of the group when a member has left.
-    has_left: Sender<()>,
+    /// The task of the group ends when this is dropped.
+    _is_used: Sender<Infallible>,
 }
 
 /// The part of an association that the task of its group uses.
@@ -92,51 +93,28 @@ impl SharedPorts {
             let socket = BatchSocket::bind(local, share_port)?;
             // Filters by address only. Sockets that are connected to a port take precedence.
             socket.get_ref().connect(any_port)?;
-            let (has_left, left) = channel::bounded(1);
-            groups.insert(key, Group { members: vec![member.clone()], has_left });
-            worker::spawn_boxed(self.clone().run_group(key, socket, left));
+            let (_is_used, receiver) = channel::bounded(1);
+            groups.insert(key, Group { members: vec![member.clone()], _is_used });
+            worker::spawn_boxed(self.clone().run_group(key, socket, receiver));
         }
         drop(groups);
         Ok(Membership { ports: self.clone(), key, member, handed_over: Box::pin(receiver) })
     }
 
-    /// Hands datagrams over until the group is empty.
-    async fn run_group(self: Arc<Self>, key: GroupKey, socket: BatchSocket, left: Receiver<()>) {
-        let (mut socket, mut left) = (Some(socket), Box::pin(left));
+    /// Hands datagrams over until the group has no members. At the end, those that the socket still has go to a new group
+    /// of the same client.
+    async fn run_group(self: Arc<Self>, key: GroupKey, socket: BatchSocket, is_used: Receiver<Infallible>) {
+        let mut is_used = Box::pin(is_used);
         poll_fn(|cx| {
-            while let Poll::Ready(Some(())) = left.as_mut().poll_next(cx) {}
-            if self.remove_if_empty(key, &mut socket) {
-                return Poll::Ready(());
-            }
-            let Some(socket) = &socket else { return Poll::Ready(()) };
-            RECEIVED.with_borrow_mut(|received| self.hand_over_ready(key, socket, cx, received));
-            Poll::Pending
+            RECEIVED.with_borrow_mut(|received| {
+                let mut budget = MAX_DATAGRAMS_PER_TURN;
+                while socket.poll_receive(cx, received, &mut budget) {
+                    received.datagrams().for_each(|(from, bytes)| self.hand_over(key, from, bytes));
+                }
+            });
+            is_used.as_mut().poll_next(cx).map(drop)
         })
         .await;
-    }
-
-    /// Hands received datagrams over. Wakes the task again if there may be more.
-    fn hand_over_ready(&self, key: GroupKey, socket: &BatchSocket, cx: &mut Context<'_>, received: &mut RecvBatch) {
-        let mut budget = MAX_DATAGRAMS_PER_TURN;
-        while budget > 0 && socket.poll_receive(cx, received, budget) {
-            budget = budget.saturating_sub(received.datagrams().count());
-            received.datagrams().for_each(|(from, bytes)| self.hand_over(key, from, bytes));
-        }
-        if budget == 0 {
-            wake_later(cx);
-        }
-    }
-
-    /// Removes the group and closes its socket if it has no members. Under the lock, so that a new group of the same
-    /// client cannot have a socket at the same time.
-    fn remove_if_empty(&self, key: GroupKey, socket: &mut Option<BatchSocket>) -> bool {
-        let mut groups = lock(&self.0);
-        let is_empty = groups.get(&key).is_none_or(|group| group.members.is_empty());
-        if is_empty {
-            groups.remove(&key);
-            socket.take();
-        }
-        is_empty
     }
 
     /// Hands a datagram over to the association that it belongs to. The port of the datagram becomes the association's.
@@ -194,6 +172,8 @@ impl Drop for Membership {
         let mut groups = lock(&self.ports.0);
         let Some(group) = groups.get_mut(&self.key) else { return };
         group.members.retain(|member| !Arc::ptr_eq(member, &self.member));
-        let _ = group.has_left.try_send(());
+        if group.members.is_empty() {
+            groups.remove(&self.key);
+        }
     }
 }

@@ -13,7 +13,7 @@ use super::sent_to::SentTo;
 use super::upstream::{Upstream, only_route};
 use crate::client::Association;
 use crate::counters::{self, Counter};
-use crate::net::{BatchSocket, GsoBatch, set_outbound_options, with_scope};
+use crate::net::{BatchSocket, GsoBatch, set_outbound_options, wake_later, with_scope};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Host, HostName};
 
@@ -61,20 +61,18 @@ impl Egress {
         self.upstreams.iter_mut().find(|upstream| upstream.route == route)
     }
 
-    /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent if one has
-    /// opened, and an error if that was the only possible route.
-    pub(super) fn poll_upstreams(
-        &mut self,
-        session: &mut Session,
-        cx: &mut Context<'_>,
-    ) -> Result<Option<usize>, String> {
-        let mut sent = None;
+    /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent, and an error if
+    /// the only possible route has failed.
+    pub(super) fn poll_upstreams(&mut self, session: &mut Session, cx: &mut Context<'_>) -> Result<usize, String> {
+        let mut sent = 0;
         for upstream in &mut self.upstreams {
             match upstream.poll(cx) {
                 Poll::Ready(Ok((bytes, proxy))) => {
                     let local = upstream.association().and_then(Association::local_addr);
                     session.log_route(upstream.route, Some(&proxy), local);
-                    sent = Some(sent.unwrap_or_default() + bytes);
+                    sent += bytes;
+                    // It has not been polled for answers yet.
+                    wake_later(cx);
                 }
                 Poll::Ready(Err(error)) if only_route(session) == Some(upstream.route) => return Err(error),
                 Poll::Ready(Err(error)) => session.log.log_hop(&upstream.hop, upstream.dropped, &error),
