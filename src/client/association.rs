@@ -88,9 +88,8 @@ impl Client {
             };
             // An error of the socket to a relay names the relay.
             let socket = open_socket.await.map_err(|kind| match kind {
-                ClientErrorKind::Unreachable(error) if !hops.is_empty() && error != DialError::LocalAddr => {
-                    ClientErrorKind::Relay(peer.clone(), error)
-                }
+                kind @ ClientErrorKind::Unreachable(DialError::LocalAddr(_) | DialError::OutboundInterface) => kind,
+                ClientErrorKind::Unreachable(error) if !hops.is_empty() => ClientErrorKind::Relay(peer.clone(), error),
                 kind => kind,
             })?;
             Ok(Association { hops, socket, dst: self.dst.clone(), target, invalid: Cell::default() })

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 use socket2::{SockRef, Socket, TcpKeepalive};
 
-use super::outbound::set_outbound_options;
+use super::outbound::{interface, set_outbound_options, source_hint};
 use super::reactor::Interest;
 use super::socket::Io;
 use super::timer::{sleep, timeout_at};
@@ -39,7 +39,8 @@ const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 #[allow(missing_docs, reason = "Display describes the others")]
 pub enum DialError {
     LocalResources,
-    LocalAddr,
+    LocalAddr(IpAddr),
+    OutboundInterface,
     /// The resolver did not answer, or reported a temporary failure.
     Resolver,
     /// No address of the target has a family that this machine and [`LocalAddr`] support.
@@ -69,6 +70,8 @@ impl DialError {
             Some(Errno::INVAL) if requires_zone(addr) => Self::ZoneRequired,
             // connect(2) fails with this for IPv6 if no interface has an IPv6 address.
             Some(Errno::ADDRNOTAVAIL) if addr.is_ipv6() => Self::FamilyUnavailable,
+            // Of set_outbound_options.
+            None => Self::OutboundInterface,
             _ => Self::LocalResources,
         }
     }
@@ -78,7 +81,12 @@ impl fmt::Display for DialError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::LocalResources => "out of descriptors, ports or memory on this machine",
-            Self::LocalAddr => "source address or port not available on this machine",
+            Self::LocalAddr(ip) if ip.is_unspecified() => "source port not available on this machine",
+            Self::LocalAddr(ip) => {
+                let hint = source_hint();
+                return write!(f, "source address {ip} or its port not available on this machine{hint}");
+            }
+            Self::OutboundInterface => return write!(f, "--outbound-interface {}: no such device", interface()),
             Self::Resolver => "temporary failure in name resolution",
             Self::FamilyUnavailable => "no address of a usable family",
             Self::ZoneRequired => "a link-local address requires a zone, as in fe80::1%eth0",
@@ -242,7 +250,7 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Dialed, DialError
     let connect_error = |error: Errno| DialError::from_connect(&error.into(), addr);
     let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let (socket, from) = (stream_socket(family).map_err(connect_error)?, local.bind_addr(addr));
-    set_outbound_options(&socket).map_err(|_| DialError::NoInterface)?;
+    set_outbound_options(&socket).map_err(|_| DialError::OutboundInterface)?;
     if let Some(from) = from {
         let shared = match from.port() {
             // connect(2) chooses a port that is free for this target. bind(2) would choose one that is free for all.
@@ -251,14 +259,14 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Dialed, DialError
             _ => sockopt::set_socket_reuseaddr(&socket, true).map_err(io::Error::from),
         };
         let bound = shared.and_then(|()| rustix::net::bind(&socket, &from).map_err(io::Error::from));
-        bound.map_err(|_| DialError::LocalAddr)?;
+        bound.map_err(|_| DialError::LocalAddr(from.ip()))?;
     }
-    match rustix::net::connect(&socket, &addr) {
-        Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => {}
-        Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE | Errno::INVAL) if from.is_some() => {
-            return Err(DialError::LocalAddr);
+    match (rustix::net::connect(&socket, &addr), from) {
+        (Ok(()) | Err(Errno::INPROGRESS | Errno::INTR), _) => {}
+        (Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE | Errno::INVAL), Some(from)) => {
+            return Err(DialError::LocalAddr(from.ip()));
         }
-        Err(error) => return Err(connect_error(error)),
+        (Err(error), _) => return Err(connect_error(error)),
     }
     // Registered after connect(2): epoll reports an unconnected socket as hung up.
     let io = Io::new(socket.into()).map_err(|error| DialError::from_connect(&error, addr))?;

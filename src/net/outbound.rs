@@ -28,6 +28,16 @@ impl OutboundOptions {
     }
 }
 
+/// Returns the name of the only interface to use, for messages.
+pub(super) fn interface() -> &'static str {
+    OPTIONS.get().and_then(|options| options.interface.as_deref()).unwrap_or_default()
+}
+
+/// Returns what sets source addresses, for messages: the options of a server, or nothing.
+pub(super) fn source_hint() -> &'static str {
+    OPTIONS.get().map_or("", |_| " (set by --outbound, or outbound= of a rule)")
+}
+
 /// Sets interface and mark of a socket before it is bound or connected.
 pub fn set_outbound_options(socket: &impl AsFd) -> io::Result<()> {
     let Some(OutboundOptions { interface, mark, .. }) = OPTIONS.get() else { return Ok(()) };

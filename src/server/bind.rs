@@ -49,9 +49,11 @@ async fn bind_directly(session: &mut Session, dst: &Addr, route: Route) -> Sessi
             .map_err(|error| SessionError::from_dial(DialError::from_connect(&error, peer), dst))?,
         false => with_scope(SocketAddr::new(ip, 0), peer),
     };
-    let (listener, bnd) = listen_for_peer(session, local, !ip.is_unspecified(), &expected)
-        .await
-        .map_err(SessionError::general_failure)?;
+    let listening = listen_for_peer(session, local, !ip.is_unspecified(), &expected).await;
+    let (listener, bnd) = listening.map_err(|error| match error.kind() {
+        io::ErrorKind::AddrNotAvailable => SessionError::from_dial(DialError::LocalAddr(local.ip()), dst),
+        _ => SessionError::general_failure(error),
+    })?;
     session.reply_success(bnd.into(), || None).await?;
     let accepted = session.wait_for_peer(async { Ok(session.accept(&listener, &expected, route).await) }).await;
     drop((listener, share));

@@ -15,7 +15,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::client::{parse_addr, parse_port};
 use crate::conn::{DetachedConn, to_canonical_addr};
 use crate::net::{DialError, accept, bind_error, set_tcp_options};
-use crate::proto::{Addr, DEFAULT_PORT, Host};
+use crate::proto::{Addr, Host};
 
 /// Connections that wait for accept(2). The kernel limits it to net.core.somaxconn.
 const LISTEN_BACKLOG: i32 = 4096;
@@ -61,16 +61,16 @@ impl FromStr for ListenAddr {
 
 /// Returns what a text that is not an address probably means: it lacks the host, the port, or the brackets of IPv6.
 fn meant(text: &str) -> Option<String> {
-    let split = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
+    let split = text.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok());
     let (host, port) = match split {
         Some(("", port)) => return Some(format!("*:{port} for all addresses, or {port} for loopback")),
         Some((host, port)) if host.split('%').next().is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()) => (host, port),
-        _ => (text, DEFAULT_PORT),
+        _ => (text, "PORT"),
     };
     match host.parse().ok()? {
         Host::Ip(ip) if ip.is_unspecified() => Some(format!("*:{port}")),
         Host::Name(name) if name.as_str() != "*" && !name.as_str().starts_with(char::is_alphabetic) => None,
-        host => Some(Addr { host, port }.to_string()),
+        host => Some(Addr { host, port: 0 }.to_string().trim_end_matches('0').to_owned() + port),
     }
 }
 

@@ -96,7 +96,9 @@ impl From<Denial<'_>> for SessionError {
 /// Maps errors of a direct connection to REP (RFC 1928 section 6).
 fn rep_for(error: DialError, is_name: bool) -> Rep {
     match error {
-        DialError::LocalResources | DialError::LocalAddr | DialError::Resolver => Rep::GENERAL_FAILURE,
+        DialError::LocalResources | DialError::LocalAddr(_) | DialError::OutboundInterface | DialError::Resolver => {
+            Rep::GENERAL_FAILURE
+        }
         DialError::Denied => Rep::NOT_ALLOWED,
         DialError::NetworkUnreachable | DialError::ZoneRequired => Rep::NETWORK_UNREACHABLE,
         DialError::HostUnreachable | DialError::NameNotFound | DialError::NoInterface => Rep::HOST_UNREACHABLE,

@@ -1,11 +1,14 @@
 //! What precedes the first thread of a server: its listeners, the checks of its configuration, and the sandbox.
 
+use std::fmt::Display;
 use std::io;
 use std::mem::take;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use super::args::ServeArgs;
+use rustix::io::Errno;
+
 use super::inherited::{from_predecessor, is_successor};
 use super::listen::{ListenAddr, Listener};
 use super::local_addr::is_local;
@@ -39,9 +42,11 @@ pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError
     let inherited = take(&mut options.inherited);
     let mut addrs: Vec<SocketAddr> = inherited.iter().flat_map(Listener::addrs).collect();
     for listen in options.listen.iter().filter(|_| inherited.is_empty()) {
-        addrs.extend(listen.resolve().map_err(ServerError::io(format!("listen on {listen}")))?);
+        addrs.extend(resolve_free(listen, "--listen", &addrs)?);
     }
-    policy.metrics_addrs = options.metrics.iter().flat_map(ListenAddr::addrs).collect();
+    if let Some(listen) = &options.metrics {
+        policy.metrics_addrs = resolve_free(listen, "--metrics", &addrs)?;
+    }
     prepare(&mut policy, &options, addrs)?();
     let Some(AccessLog { path, check, .. }) = options.access_log else { return Ok(()) };
     check(&path).map_err(|error| ServerError::AccessLog(path, error))
@@ -85,12 +90,26 @@ pub(super) fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, Ser
 fn bind_all<'a>(addrs: impl IntoIterator<Item = &'a ListenAddr>, option: &str) -> Result<Vec<Listener>, ServerError> {
     let mut listeners = Vec::new();
     for listen in addrs {
-        listeners.extend(listen.bind().map_err(|(addr, error)| {
-            let with_remedy = io::Error::other(format!("{error} (choose another address with {option})"));
-            ServerError::Io(format!("listen on {addr}"), with_remedy)
-        })?);
+        listeners.extend(listen.bind().map_err(|(addr, error)| listen_error(addr, error, option))?);
     }
     Ok(listeners)
+}
+
+fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerError {
+    let with_remedy = io::Error::other(format!("{error} (choose another address with {option})"));
+    ServerError::Io(format!("listen on {addr}"), with_remedy)
+}
+
+/// Returns the addresses to bind. Fails as bind(2) does if one of `others` has the same port.
+fn resolve_free(listen: &ListenAddr, option: &str, others: &[SocketAddr]) -> Result<Vec<SocketAddr>, ServerError> {
+    let addrs = listen.resolve().map_err(|error| listen_error(listen, error, option))?;
+    let in_use = addrs.iter().find(|addr| {
+        let is_any = |other: &SocketAddr| addr.ip().is_unspecified() || other.ip().is_unspecified();
+        let is_same = |other: &SocketAddr| addr.is_ipv4() == other.is_ipv4() && addr.port() == other.port();
+        addr.port() != 0 && others.iter().any(|other| *addr == other || is_same(other) && is_any(other))
+    });
+    in_use.map_or(Ok(()), |addr| Err(listen_error(addr, Errno::ADDRINUSE.into(), option)))?;
+    Ok(addrs)
 }
 
 /// Opens the sockets for metrics.

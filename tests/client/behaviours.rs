@@ -75,7 +75,11 @@ const OTHER_STATUSES: [(i32, &str, &str); 15] = [
     (26, "$S5 connect -x $PROXY $ECHO < /", "read from stdin: is a directory"),
     (26, "echo xyz | $S5 udp --hex -x $PROXY $ECHO", "not hexadecimal"),
     (28, "echo x | $S5 udp -n 1 -w 100ms -x $PROXY $DOWN", "received 0 of 1 answers in time"),
-    (45, "$S5 connect -s 192.0.2.9 -x $PROXY $ECHO", "source address or port not available on this machine"),
+    (
+        45,
+        "$S5 connect -s 192.0.2.9 -x $PROXY $ECHO",
+        "source address 192.0.2.9 or its port not available on this machine",
+    ),
     (45, "$S5 connect -l 192.0.2.9:1 -x $PROXY $ECHO", "listen on"),
     (
         55,

@@ -116,18 +116,18 @@ fn listen_addr_displays_as_the_text_it_was_parsed_from() {
 fn listen_addr_error_names_what_is_probably_meant() {
     let table = [
         (":1081", "*:1081 for all addresses, or 1081 for loopback"),
-        ("0.0.0.0", "*:1080"),
-        ("*", "*:1080"),
-        ("[::]", "*:1080"),
-        ("::", "*:1080"),
+        ("0.0.0.0", "*:PORT"),
+        ("*", "*:PORT"),
+        ("[::]", "*:PORT"),
+        ("::", "*:PORT"),
         (":::1081", "*:1081"),
         ("::1:1081", "[::1]:1081"),
         ("fe80::1%eth0:1081", "[fe80::1%eth0]:1081"),
-        ("::1", "[::1]:1080"),
-        ("[2001:db8::7]", "[2001:db8::7]:1080"),
-        ("2001:db8::7", "[2001:db8::7]:1080"),
-        ("192.0.2.7", "192.0.2.7:1080"),
-        ("host", "host:1080"),
+        ("::1", "[::1]:PORT"),
+        ("[2001:db8::7]", "[2001:db8::7]:PORT"),
+        ("2001:db8::7", "[2001:db8::7]:PORT"),
+        ("192.0.2.7", "192.0.2.7:PORT"),
+        ("host", "host:PORT"),
     ];
     for (text, meant) in table {
         let error = text.parse::<ListenAddr>().expect_err(text);

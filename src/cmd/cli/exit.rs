@@ -157,7 +157,7 @@ impl From<ClientError> for CliError {
     fn from(error: ClientError) -> Self {
         let (status, is_final) = match (&error.kind, error.phase) {
             (Kind::Unreachable(DialError::TimedOut) | Kind::TimedOut(_), _) => (ExitStatus::TIMED_OUT, false),
-            (Kind::Unreachable(DialError::LocalAddr), _) => (ExitStatus::LOCAL_ADDR, true),
+            (Kind::Unreachable(DialError::LocalAddr(_)), _) => (ExitStatus::LOCAL_ADDR, true),
             (Kind::Unreachable(_), Phase::ResolveTarget) => (ExitStatus::RESOLVE_TARGET, false),
             (Kind::Unreachable(_), Phase::ResolveProxy) => (ExitStatus::RESOLVE_PROXY, false),
             (Kind::Unreachable(_) | Kind::Socket(_) | Kind::NextHop(_) | Kind::Relay(..), _) => {

@@ -59,10 +59,11 @@ fn unix_socket_is_replaced_unless_it_is_in_use() {
 fn listen_error_says_what_is_meant() {
     let table = [
         ("serve --listen :1081", "--listen", "(write *:1081 for all addresses, or 1081 for loopback)"),
-        ("serve --listen 0.0.0.0", "--listen", "(write *:1080)"),
+        ("serve --listen 0.0.0.0", "--listen", "(write *:PORT)"),
         ("serve --listen :::1081", "--listen", "(write *:1081)"),
-        ("serve --listen ::1", "--listen", "(write [::1]:1080)"),
-        ("serve --listen 192.0.2.1", "--listen", "(write 192.0.2.1:1080)"),
+        ("serve --listen ::1", "--listen", "(write [::1]:PORT)"),
+        ("serve --listen 192.0.2.1", "--listen", "(write 192.0.2.1:PORT)"),
+        ("serve --metrics 0.0.0.0", "--metrics", "(write *:PORT)"),
         ("connect -l :1081 example.org:80", "-l", "(write *:1081 for all addresses, or 1081 for loopback)"),
         ("udp -l :1081 example.org:80", "-l", "(write *:1081 for all addresses, or 1081 for loopback)"),
     ];

@@ -59,6 +59,8 @@ fn check_fails_like_a_start() {
     let file = |name, text| write_file(dir.path(), name, text);
     let (rules, users, keytab) = (file("rules", "allow\nalow\n"), file("users", "alice\n"), file("keytab", ""));
     let unix = format!("--listen unix:{}/s5 --proxy-protocol-from unix", dir.path().display());
+    let port = closed_port().port();
+    let in_use = ": address already in use (choose another address with --metrics)";
     let mut table = vec![
         (2, format!("--rules {rules}"), "rules: line 2: "),
         (2, format!("--users {users}"), "users: line 1: "),
@@ -81,6 +83,14 @@ fn check_fails_like_a_start() {
         (23, "--access-log /proc/s5.log".into(), "--access-log /proc/s5.log: "),
         (23, "--access-log /".into(), "--access-log /: is a directory"),
         (1, "--listen nonexistent.invalid:1080".into(), "listen on nonexistent.invalid:1080: "),
+        (1, "--listen 0 --metrics nonexistent.invalid:1".into(), "listen on nonexistent.invalid:1: "),
+        (1, format!("--listen {port} --metrics {port}"), in_use),
+        (1, format!("--listen {port} --metrics *:{port} --allow-remote-metrics"), in_use),
+        (
+            1,
+            format!("--listen [::1]:{port} --listen *:{port} --allow-open-relay"),
+            "in use (choose another address with",
+        ),
     ];
     if !rustix::process::geteuid().is_root() {
         table.push((1, "--run-as 1:1".into(), "switch to the user of --run-as: "));

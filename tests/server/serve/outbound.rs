@@ -193,7 +193,9 @@ fn one_source_address_serves_more_connections_than_it_has_ports() {
         // Each target has 40 connections, and 60 ports are left.
         assert!((1..=61).any(|_| connect(&targets[0]) == 1));
         let error = format!("to=\"{}\" ", targets[0].local_addr().expect("local address"));
-        let is_logged = |line: &&str| line.contains(&error) && line.contains("source address or port not available");
+        let is_logged = |line: &&str| {
+            line.contains(&error) && line.contains(&format!("source address {source} or its port not available"))
+        };
         server.wait_log(|log| session_lines(log).iter().any(is_logged));
     }
 }
@@ -273,6 +275,31 @@ fn explain_shows_the_source_address_of_a_rule() {
     let args = ["serve", "--outbound", "192.0.2.8", "--outbound", "::", "--explain", "to=192.0.2.9:80"];
     let output = run(s5().args(args), b"", TIMEOUT);
     assert!(text(&output.stdout).contains("allow 192.0.2.9 from 192.0.2.8: "), "{}", text(&output.stdout));
+}
+
+#[test]
+fn interface_or_source_address_that_is_gone_is_named_with_its_option() {
+    enter_namespace!("", "");
+    let host = host();
+    sh(host.command("sh"), "ip link add gone0 type veth peer gone1");
+    let table = [
+        ("--outbound-interface", "gone0", "link del gone0", "--outbound-interface gone0: no such device\""),
+        (
+            "--outbound",
+            "10.9.1.5",
+            "addr del 10.9.1.5/24 dev s1",
+            "source address 10.9.1.5 or its port not available on \
+         this machine (set by --outbound, or outbound= of a rule)\"",
+        ),
+    ];
+    for (option, value, script, error) in table {
+        let server = host.serve(&["--hop", "h=10.9.1.2:1080", "--allow", "to=10.9.1.3 via=h", option, value]);
+        sh(host.command("sh"), &format!("ip {script}"));
+        for (command, dst) in [(CONNECT, "10.9.1.2:9"), (BIND, "10.9.1.2:9"), (CONNECT, "10.9.1.3:9")] {
+            assert_eq!(session(rows()[0], command, dst).1, 1, "{option} {command} {dst}");
+        }
+        server.wait_log(|log| session_lines(log).iter().filter(|line| line.contains(error)).count() == 3);
+    }
 }
 
 #[test]
