@@ -50,6 +50,7 @@ PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd
 test-programs:     ## install the programs that the tests need (Debian, as root or with sudo)
 	@echo 'one test downloads the Python package pycurl into a temporary directory'
 	@missing=; $(call FIND_MISSING,$(PROGRAMS)); \
+	ls /usr/lib/*/libnss_myhostname.so.2 >/dev/null 2>&1 || missing="$$missing libnss-myhostname"; \
 	/usr/bin/python3 -c 'import socks' 2>/dev/null || missing="$$missing python3-socks"; \
 	/usr/bin/python3 -c 'import gssapi' 2>/dev/null || missing="$$missing python3-gssapi"; \
 	/usr/bin/python3 -c 'import aiosmtpd' 2>/dev/null || missing="$$missing python3-aiosmtpd"; \

@@ -242,6 +242,29 @@ fn dropped_datagrams_count_by_reason() {
 }
 
 #[test]
+fn missing_log_lines_refused_connections_lookups_and_datagrams_of_strangers_count() {
+    enter_namespace!("127.0.0.1 target\n", "");
+    let (server, metrics) = start(&["--access-log", "/dev/full", "--deny", "from=127.0.0.9"]);
+    let (echo, get) = (echo_server(), |series: &str| Metrics::scrape(metrics).get(series));
+    drop(open_by_name(&server, CONNECT, "target", echo.port()));
+    assert_eq!(get("s5_lookup_seconds_count"), 1.0);
+    wait_until("a lost line", TIMEOUT, || get("s5_log_lines_dropped_total{reason=\"unwritten\"}") == 1.0);
+    let _ = connect_from_ip(&server, [127, 0, 0, 9]).read(&mut [0; 1]);
+    assert_eq!(get("s5_connections_refused_total"), 1.0);
+    let association = Association::new(&server);
+    let [target, stranger] = ["127.0.0.1:0", "127.0.0.9:0"].map(|addr| UdpSocket::bind(addr).expect("bound"));
+    association.send(target.local_addr().expect("an address"), b"hello");
+    let (_, relay) = target.recv_from(&mut [0; 16]).expect("received");
+    stranger.send_to(b"not asked", relay).expect("sent");
+    wait_until("a drop", TIMEOUT, || get("s5_datagrams_dropped_total{reason=\"denied\"}") == 1.0);
+    // One client can cause a limited number of lines.
+    wait_until("omitted lines", TIMEOUT, || {
+        (0..100).for_each(|_| drop(open(&server, CONNECT, echo)));
+        get("s5_log_lines_dropped_total{reason=\"limit\"}") > 0.0
+    });
+}
+
+#[test]
 fn reload_restarts_the_counts_of_denials_and_records_its_result() {
     let dir = temp_dir();
     let rules = write_file(dir.path(), "rules", "deny port=9\n");

@@ -26,6 +26,27 @@ fn connect_tries_the_next_address_at_once_after_a_refusal() {
     }
 }
 
+/// An NSS module that is loaded in the sandbox, and lists the addresses of the machine by netlink.
+#[test]
+fn name_is_resolved_by_another_nss_module() {
+    enter_namespace!("", "");
+    let dir = temp_dir();
+    let nsswitch = write_file(dir.path(), "nsswitch.conf", "hosts: files myhostname\n");
+    let mounted = Command::new("mount").args(["--bind", &nsswitch, "/etc/nsswitch.conf"]).status();
+    assert!(mounted.expect("mount runs").success());
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").expect("the name of this machine");
+    let server = Server::start(&[]);
+    // 127.0.0.2 and ::1 on a machine without other addresses.
+    let target = TcpListener::bind("127.0.0.2:0").expect("free port");
+    let port = target.local_addr().expect("local address").port();
+    let is_loaded = || fs::read_to_string(format!("/proc/{}/maps", server.pid())).expect("maps").contains("myhostname");
+    let rep = open_by_name(&server, CONNECT, name.trim(), port).1;
+    if !is_loaded() {
+        return skip("libnss-myhostname is not installed");
+    }
+    assert_eq!(rep, 0, "{}", server.log());
+}
+
 #[test]
 fn connect_tries_the_next_address_after_250_ms_of_silence() {
     let hosts = "127.0.0.2 pair\n127.0.0.3 pair\n";
