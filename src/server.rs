@@ -189,10 +189,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         is_replaced.close();
         if let Some(server) = server.upgrade() {
             server.workers.stop_accepting();
-            let timeout = async {
-                Timer::after(RESTART_TIMEOUT).await;
-            };
-            server.workers.wait_for_all().or(timeout).await;
+            server.workers.wait_for_all().or(async { drop(Timer::after(RESTART_TIMEOUT).await) }).await;
         }
         log_queue::FOLLOWS_PATH.store(true, Ordering::Relaxed);
         notifier.replaced_by(pid);

@@ -11,7 +11,7 @@ use futures_lite::FutureExt as _;
 
 use super::hop_access::HopAccess;
 use super::listen::listen_tcp;
-use super::local_addr::{bind_in_range, reachable_addr};
+use super::local_addr::{bind_in_range, reachable_addr, with_port};
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::{Session, denied_by_reload, unless};
@@ -215,12 +215,7 @@ async fn listen_on_port(
     // The backlog has room for other peers too, whose connections are accepted and closed.
     let bind = |local| listen_tcp(local, is_v6_only, 16, set_outbound_options);
     let wished = wished.filter(|port| ports.is_none_or(|ports| ports.0.contains(port)));
-    let listener = wished.and_then(|port| {
-        let mut local = local;
-        local.set_port(port);
-        bind(local).ok()
-    });
-    match listener {
+    match wished.and_then(|port| bind(with_port(local, port)).ok()) {
         Some(listener) => Ok(listener),
         None => bind_in_range(ports, "--bind-ports", local, bind).await,
     }

@@ -20,8 +20,7 @@ const LOOPBACK_MTU: u32 = 65_536;
 /// family: one on this host if the client is, else the default route leads to it.
 pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: SocketAddr) -> io::Result<SocketAddr> {
     let loopback: IpAddr = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
-    let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));
-    control.set_port(0);
+    let control = with_port(control.unwrap_or(SocketAddr::new(loopback, 0)), 0);
     let is_same_family = control.is_ipv4() == peer.is_ipv4();
     let is_client_local = control.ip().is_loopback();
     let mut target = peer;
@@ -41,35 +40,36 @@ pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: SocketAddr) -> i
 }
 
 /// Returns the local address, with port 0, from which this host sends to `target`.
-pub(super) fn route_source(mut target: SocketAddr) -> io::Result<SocketAddr> {
+pub(super) fn route_source(target: SocketAddr) -> io::Result<SocketAddr> {
     // connect(2) on a UDP socket sends nothing, and selects the source address.
     let probe = bind_outbound(SocketAddr::new(unspecified(target.ip()), 0))?;
-    target.set_port(9);
-    probe.connect(target)?;
-    let mut local = probe.local_addr()?;
-    local.set_port(0);
-    Ok(local)
+    probe.connect(with_port(target, 9))?;
+    Ok(with_port(probe.local_addr()?, 0))
+}
+
+/// Returns the address with another port. Its zone is kept.
+pub(super) fn with_port(mut addr: SocketAddr, port: u16) -> SocketAddr {
+    addr.set_port(port);
+    addr
 }
 
 /// Returns false if `addr` is certainly not an address of this host: bind(2) refuses it with one of three errors.
 /// Any other error, such as a lack of ports or descriptors, is inconclusive: returns true.
-pub fn is_local(mut addr: SocketAddr) -> bool {
+pub fn is_local(addr: SocketAddr) -> bool {
     use rustix::io::Errno;
     if is_delivered_locally(addr) {
         return true;
     }
-    addr.set_port(0);
-    let refused = UdpSocket::bind(addr).err().and_then(|error| error.raw_os_error()).map(Errno::from_raw_os_error);
-    !matches!(refused, Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
+    let refused = UdpSocket::bind(with_port(addr, 0)).err().and_then(|error| error.raw_os_error());
+    !matches!(refused.map(Errno::from_raw_os_error), Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
 }
 
 /// Returns true if a local route of IPv6 leads to `addr`, for example to all addresses of a prefix (AnyIP), or only for
 /// packets with a mark: bind(2) refuses such addresses. The path then has the MTU of the loopback device, which no other
 /// device has. IPv4 does not answer at addresses that bind(2) refuses.
-fn is_delivered_locally(mut addr: SocketAddr) -> bool {
-    addr.set_port(9);
+fn is_delivered_locally(addr: SocketAddr) -> bool {
     let probe = bind_outbound((Ipv6Addr::UNSPECIFIED, 0).into());
-    let mtu = probe.and_then(|probe| probe.connect(addr).and(ipv6_mtu(&probe).map_err(io::Error::from)));
+    let mtu = probe.and_then(|probe| probe.connect(with_port(addr, 9)).and(ipv6_mtu(&probe).map_err(io::Error::from)));
     addr.is_ipv6() && mtu.is_ok_and(|mtu| mtu >= LOOPBACK_MTU)
 }
 
@@ -86,7 +86,7 @@ fn candidate_ports(range: &RangeInclusive<u16>) -> impl Iterator<Item = u16> + u
 pub(super) async fn bind_in_range<T>(
     ports: Option<&PortRange>,
     option: &str,
-    mut local: SocketAddr,
+    local: SocketAddr,
     bind: impl Fn(SocketAddr) -> io::Result<T>,
 ) -> io::Result<T> {
     let Some(PortRange(range)) = ports else { return bind(local) };
@@ -96,8 +96,7 @@ pub(super) async fn bind_in_range<T>(
             yield_now().await;
         }
         tried += 1;
-        local.set_port(port);
-        match bind(local) {
+        match bind(with_port(local, port)) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
             result => return result,
         }

@@ -19,6 +19,7 @@ use std::task::{Context, Poll};
 use futures_lite::stream::Stream as _;
 use smol::channel::{self, Receiver, Sender};
 
+use super::local_addr::with_port;
 use super::shares::lock;
 use super::worker;
 use crate::net::{BatchSocket, RecvBatch, share_port};
@@ -52,7 +53,7 @@ struct Group {
 }
 
 /// The part of an association that the task of its group uses.
-struct Member {
+pub(super) struct Member {
     is_protected: bool,
     /// The client's port. 0: not known yet.
     port: AtomicU16,
@@ -65,7 +66,7 @@ struct Member {
 pub(super) struct Membership {
     ports: Arc<SharedPorts>,
     key: GroupKey,
-    member: Arc<Member>,
+    pub(super) member: Arc<Member>,
     handed_over: Pin<Box<Receiver<Received>>>,
 }
 
@@ -84,15 +85,14 @@ impl SharedPorts {
             accepts_other_ports: AtomicBool::new(client.port() == 0),
             handed_over: sender,
         });
-        let (key, mut any_port) = ((local, client.ip()), client);
-        any_port.set_port(0);
+        let key = (local, client.ip());
         let mut groups = lock(&self.0);
         if let Some(group) = groups.get_mut(&key) {
             group.members.push(member.clone());
         } else {
             let socket = BatchSocket::bind(local, share_port)?;
             // Filters by address only. Sockets that are connected to a port take precedence.
-            socket.get_ref().connect(any_port)?;
+            socket.get_ref().connect(with_port(client, 0))?;
             let (_is_used, receiver) = channel::bounded(1);
             groups.insert(key, Group { members: vec![member.clone()], _is_used });
             worker::spawn_boxed(self.clone().run_group(key, socket, receiver));
@@ -146,18 +146,14 @@ impl Member {
         }
     }
 
-    fn set_port(&self, port: u16, accepts_other_ports: bool) {
+    /// Sets the port of the client, and whether other ports of the client may replace it.
+    pub(super) fn set_port(&self, port: u16, accepts_other_ports: bool) {
         self.port.store(port, Ordering::Relaxed);
         self.accepts_other_ports.store(accepts_other_ports, Ordering::Relaxed);
     }
 }
 
 impl Membership {
-    /// Sets the port of the client, and whether other ports of the client may replace it.
-    pub(super) fn set_port(&self, port: u16, accepts_other_ports: bool) {
-        self.member.set_port(port, accepts_other_ports);
-    }
-
     /// Returns the next datagram that was handed over.
     pub(super) fn poll_handed_over(&mut self, cx: &mut Context<'_>) -> Option<Received> {
         match self.handed_over.as_mut().poll_next(cx) {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use futures_lite::AsyncRead as _;
 
-use super::super::local_addr::bind_in_range;
+use super::super::local_addr::{bind_in_range, with_port};
 use super::super::shared_ports::Membership;
 use super::super::state::Session;
 use crate::conn::{Conn, Protection};
@@ -46,13 +46,13 @@ pub(super) struct ClientSocket {
 impl ClientSocket {
     pub(super) async fn bind(session: &Session, dst: &Addr) -> io::Result<Self> {
         let addr = expected_sender(session, dst);
-        let mut local = session.control_addr().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
-        local.set_port(0);
+        let local = session.control_addr().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         let (server, protection) = (session.server(), session.conn.protection().cloned());
         let ports = server.options.udp_ports.as_ref();
-        let (socket, membership) = match ports.and_then(PortRange::single) {
+        let shared_port = ports.and_then(PortRange::single);
+        let local = with_port(local, shared_port.unwrap_or(0));
+        let (socket, membership) = match shared_port {
             Some(port) => {
-                local.set_port(port);
                 let join = || {
                     let membership = server.shared_ports.join(local, addr, protection.is_some())?;
                     Ok((BatchSocket::bind(local, share_port)?, Some(membership)))
@@ -120,8 +120,7 @@ impl ClientSocket {
         if now < silent_at {
             return Some(silent_at);
         }
-        let mut any_port = self.addr;
-        any_port.set_port(0);
+        let any_port = with_port(self.addr, 0);
         self.is_port_fixed = self.membership.is_none() && self.socket.get_ref().connect(any_port).is_err();
         self.set_shared_port(true);
         None
@@ -130,7 +129,7 @@ impl ClientSocket {
     /// Sets which datagrams are handed over to this association, if it shares its port.
     fn set_shared_port(&self, accepts_other_ports: bool) {
         if let Some(membership) = &self.membership {
-            membership.set_port(self.addr.port(), accepts_other_ports);
+            membership.member.set_port(self.addr.port(), accepts_other_ports);
         }
     }
 
@@ -191,12 +190,11 @@ impl ClientSocket {
 /// A client on a Unix socket can send only from 127.0.0.1, because the relay is there. So this is its address, and a
 /// port that it announces keeps other users of this host away (RFC 1928 section 7).
 fn expected_sender(session: &Session, dst: &Addr) -> SocketAddr {
-    let mut addr = session.log.client().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
+    let addr = session.log.client().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
     let dst_ip = match &dst.host {
         Host::Ip(ip) => Some(*ip),
         Host::Name(name) => parse_literal(name.as_str()),
     };
     let is_client = dst_ip.is_some_and(|ip| ip.to_canonical() == addr.ip().to_canonical());
-    addr.set_port(if is_client { dst.port } else { 0 });
-    addr
+    with_port(addr, if is_client { dst.port } else { 0 })
 }
