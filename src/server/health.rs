@@ -146,7 +146,7 @@ impl Service {
         let is_stuck = self.measuring.get().is_some_and(|since| since.elapsed() > MAX_LAG);
         let (status, body) = match parse(request) {
             _ if request.len() > MAX_REQUEST_LEN => ("431 Request Header Fields Too Large", "at most 8192 bytes"),
-            None => ("400 Bad Request", "expected GET /metrics HTTP/1.1 and a header within 3 s"),
+            None => ("400 Bad Request", "expected GET /metrics HTTP/1.1, with one Host, within 3 s"),
             Some((method, _)) if !["GET", "HEAD"].contains(&method) => ("405 Method Not Allowed", "use GET or HEAD"),
             Some((_, "/metrics")) => return (OK, metrics::text(server.as_deref())),
             Some((_, "/healthz")) if is_stuck => (UNAVAILABLE, "a worker is stuck"),
@@ -186,13 +186,17 @@ fn has_end(request: &[u8]) -> bool {
     request.windows(4).any(|end| end == b"\r\n\r\n") || request.windows(2).any(|end| end == b"\n\n")
 }
 
-/// Returns method and path.
+/// Returns method and path (RFC 9112 section 3). The target may be a URL.
 fn parse(request: &[u8]) -> Option<(&str, &str)> {
-    let line = request.split(|byte| *byte == b'\n').next().filter(|_| has_end(request))?;
-    let mut words = str::from_utf8(line).ok()?.trim_end_matches('\r').split(' ');
+    let mut lines = request.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii_end);
+    let mut words = str::from_utf8(lines.next().filter(|_| has_end(request))?).ok()?.split(' ');
     let (method, target, version) = (words.next()?, words.next()?, words.next()?);
-    let is_valid = matches!(version, "HTTP/1.0" | "HTTP/1.1") && words.next().is_none() && target.starts_with('/');
-    is_valid.then_some((method, target.split('?').next()?))
+    let is_host = |line: &&[u8]| line.get(..5).is_some_and(|name| name.eq_ignore_ascii_case(b"host:"));
+    let hosts = lines.take_while(|line| !line.is_empty()).filter(is_host).count();
+    let is_valid = matches!((version, hosts), ("HTTP/1.0", 0 | 1) | ("HTTP/1.1", 1)) && words.next().is_none();
+    let is_url = target.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("http://"));
+    let path = if is_url { target.get(7..)?.trim_start_matches(|c| c != '/') } else { target };
+    (is_valid && path.starts_with('/')).then_some((method, path.split('?').next()?))
 }
 
 fn log_refusal(client: ClientKey, status: &str, body: &str) {

@@ -292,26 +292,34 @@ fn requests_that_are_not_valid_get_their_status_and_are_logged() {
     let (server, metrics) = start(&[]);
     let long = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(20_000));
     let table = [
-        ("GET /nothing HTTP/1.1\r\n\r\n", "404 Not Found"),
-        ("GET /metrics/ HTTP/1.1\r\n\r\n", "404 Not Found"),
-        ("POST /metrics HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", "405 Method Not Allowed\r\nAllow: GET, HEAD"),
+        ("GET /nothing HTTP/1.1\r\nHost: s5\r\n\r\n", "404 Not Found"),
+        ("GET /metrics/ HTTP/1.1\r\nHost: s5\r\n\r\n", "404 Not Found"),
+        (
+            "POST /metrics HTTP/1.1\r\nHost: s5\r\nContent-Length: 1\r\n\r\nx",
+            "405 Method Not Allowed\r\nAllow: GET, HEAD",
+        ),
         ("GET /metrics\r\n\r\n", "400 Bad Request"),
-        ("GET metrics HTTP/1.1\r\n\r\n", "400 Bad Request"),
-        ("GET  /metrics HTTP/1.1\r\n\r\n", "400 Bad Request"),
+        ("GET metrics HTTP/1.1\r\nHost: s5\r\n\r\n", "400 Bad Request"),
+        ("GET  /metrics HTTP/1.1\r\nHost: s5\r\n\r\n", "400 Bad Request"),
         ("GET /metrics HTTP/2.0\r\n\r\n", "400 Bad Request"),
         ("\x16\x03\x01\x02", "400 Bad Request"),
         ("\x05\x01\x00", "400 Bad Request"),
-        ("GET /\u{fffd} HTTP/1.1\r\n\r\n", "404 Not Found"),
+        ("GET /\u{fffd} HTTP/1.1\r\nHost: s5\r\n\r\n", "404 Not Found"),
         (&long, "431 Request Header Fields Too Large"),
         ("GET /healthz?x=1 HTTP/1.1\r\nHost: s5\r\n\r\n", "200 OK"),
         ("GET /readyz HTTP/1.0\n\n", "200 OK"),
+        ("GET http://s5:9080/healthz?x HTTP/1.1\r\nAccept: */*\r\nHost: s5\r\n\r\n", "200 OK"),
+        ("GET HTTP://s5/healthz HTTP/1.1\nhost:\n\n", "200 OK"),
+        ("GET ftp://s5/healthz HTTP/1.1\r\nHost: s5\r\n\r\n", "400 Bad Request"),
+        ("GET /healthz HTTP/1.1\r\nX: Host: s5\r\n\r\nHost: s5\r\n", "400 Bad Request"),
+        ("GET /healthz HTTP/1.1\r\nHost: s5\r\nHost: s5\r\n\r\n", "400 Bad Request"),
     ];
     for (request, status) in table {
         let answer = exchange(metrics, request.as_bytes());
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}\r\n")), "{request:?}: {answer:?}");
         assert!(answer.contains("\r\nConnection: close\r\n") && !answer.ends_with("\r\n\r\n"), "{answer:?}");
     }
-    let head = exchange(metrics, b"HEAD /metrics HTTP/1.1\r\n\r\n");
+    let head = exchange(metrics, b"HEAD /metrics HTTP/1.1\r\nHost: s5\r\n\r\n");
     assert!(
         head.starts_with("HTTP/1.1 200 OK\r\n")
             && head.ends_with("\r\n\r\n")
@@ -328,7 +336,7 @@ fn readiness_ends_with_the_drain_and_metrics_of_a_unix_socket_stay() {
     let mut server = Server::start(&["--metrics", &unix, "--drain-timeout", "60"]);
     let ask = |what: &str| {
         let mut stream = UnixStream::connect(&path).expect("the socket accepts");
-        stream.write_all(format!("GET /{what} HTTP/1.1\r\n\r\n").as_bytes()).expect("request sent");
+        stream.write_all(format!("GET /{what} HTTP/1.0\r\n\r\n").as_bytes()).expect("request sent");
         read_answer(stream)
     };
     server.wait_log(|log| log.contains(&format!("metrics on {unix}\n")));
@@ -379,7 +387,7 @@ fn slow_huge_and_many_requests_disturb_neither_sessions_nor_scrapes_of_others() 
     slow.iter().for_each(|mut stream| drop(stream.write_all(b"GET /metrics HT")));
     let (is_done, start) = (AtomicBool::new(false), Instant::now());
     thread::scope(|scope| {
-        for attack in [&b"GET /metrics HTTP/1.1\r\n\r\n"[..], &[b'G'; 1 << 20], &[0; 1000], b"GET / HTTP/1.1\r\n"] {
+        for attack in [&b"GET /metrics HTTP/1.0\r\n\r\n"[..], &[b'G'; 1 << 20], &[0; 1000], b"GET / HTTP/1.1\r\n"] {
             scope.spawn(|| {
                 while !is_done.load(Ordering::Relaxed) && start.elapsed() < TIMEOUT {
                     let mut stream = connect("127.0.0.8:0");

@@ -77,7 +77,7 @@ fn restart_under_load_loses_no_connection_and_no_tunnel() {
     let metrics = log.split("metrics on ").nth(1).and_then(|rest| rest.lines().next()).expect("the address");
     for _ in 0..10 {
         let mut stream = TcpStream::connect(metrics).expect("the new process accepts");
-        stream.write_all(b"GET /readyz HTTP/1.1\r\n\r\n").expect("request sent");
+        stream.write_all(b"GET /readyz HTTP/1.0\r\n\r\n").expect("request sent");
         let mut response = String::new();
         stream.read_to_string(&mut response).expect("response received");
         assert!(response.starts_with("HTTP/1.1 200 OK\r\n"), "{response}");
