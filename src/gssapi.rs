@@ -5,12 +5,12 @@
 pub mod ffi;
 mod layout;
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use smol::lock::Semaphore;
+use thiserror::Error;
 
 use crate::conn::{Conn, Protection, ReadError, SecurityContext as _, TokenOrder};
 use crate::net::{parse_literal, timeout_at, unblock};
@@ -30,28 +30,21 @@ const KDC_TIMEOUT: Duration = Duration::from_secs(10);
 type GssapiResult<T> = Result<T, GssapiError>;
 
 /// Reason why no security context was established.
-#[derive(Debug)]
+#[derive(Debug, Error)]
 pub enum GssapiError {
     /// The peer refused the context: it sent an abort or closed the connection.
+    #[error("GSSAPI: {0}")]
     Refused(String),
     /// The library reported an error, or the peer sent an unexpected message.
+    #[error("GSSAPI: {0}")]
     Failed(String),
     /// The user has no ticket.
+    #[error("GSSAPI: {0} (run kinit, or set --ccache)")]
     NoCredential(String),
     /// No GSSAPI library is installed.
+    #[error("GSSAPI: {0}")]
     Unavailable(String),
 }
-
-impl fmt::Display for GssapiError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Refused(reason) | Self::Failed(reason) | Self::Unavailable(reason) => write!(f, "GSSAPI: {reason}"),
-            Self::NoCredential(reason) => write!(f, "GSSAPI: {reason} (run kinit, or set --ccache)"),
-        }
-    }
-}
-
-impl std::error::Error for GssapiError {}
 
 impl From<String> for GssapiError {
     fn from(reason: String) -> Self {

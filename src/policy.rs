@@ -8,30 +8,24 @@ mod index;
 pub mod rules;
 pub mod users;
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+
+use thiserror::Error;
 
 use crate::proto::{Command, Method, ProtectionLevel};
 use rules::{AccessRequest, Decision, Identity, Route, Rule, Rules, UserPattern};
 use users::Users;
 
 /// An error in a rules file or users file.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("line {line}: {message}")]
 pub struct PolicyError {
     /// Line number, from 1.
     pub line: usize,
     /// What is wrong, with the word that is wrong.
     pub message: String,
 }
-
-impl fmt::Display for PolicyError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "line {}: {}", self.line, self.message)
-    }
-}
-
-impl std::error::Error for PolicyError {}
 
 /// Methods, users, rules and listeners of a server, which together decide every request.
 #[derive(Debug, Default)]

@@ -12,7 +12,7 @@ use std::process::Command;
 const PURE: [&str; 4] = ["proto", "reassembly", "name_addrs", "policy"];
 /// Everything outside of the crate that pure modules may use.
 const PURE_IMPORTS: &str = "std/borrow std/collections std/error std/fmt std/hash std/iter std/net std/ops std/str \
-                            std/sync/Arc std/time argon2 bcrypt ipnet percent_encoding";
+                            std/sync/Arc std/time argon2 bcrypt ipnet percent_encoding thiserror";
 
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"))

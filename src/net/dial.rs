@@ -17,6 +17,7 @@ use nix::{libc, setsockopt_impl};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 use socket2::{SockRef, Socket, TcpKeepalive};
+use thiserror::Error;
 
 use super::outbound::{interface, set_outbound_options, source_hint};
 use super::reactor::Interest;
@@ -35,25 +36,38 @@ pub const SHORT_KEEPALIVE_TIME: Duration = Duration::from_secs(5);
 const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 
 /// Cause of a failed connection, from the least to the most specific. Of several causes, [`dial`] returns the greatest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[allow(missing_docs, reason = "Display describes the others")]
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "the texts describe the others")]
 pub enum DialError {
+    #[error("out of descriptors, ports or memory on this machine")]
     LocalResources,
+    #[error("{}", local_addr_text(.0))]
     LocalAddr(IpAddr),
+    #[error("--outbound-interface {}: no such device", interface())]
     OutboundInterface,
     /// The resolver did not answer, or reported a temporary failure.
+    #[error("temporary failure in name resolution")]
     Resolver,
     /// No address of the target has a family that this machine and [`LocalAddr`] support.
+    #[error("no address of a usable family")]
     FamilyUnavailable,
+    #[error("a link-local address requires a zone, as in fe80::1%eth0")]
     ZoneRequired,
+    #[error("no such interface on this machine")]
     NoInterface,
+    #[error("network unreachable")]
     NetworkUnreachable,
+    #[error("timed out")]
     TimedOut,
     /// The name has no addresses, or is not a valid host name.
+    #[error("name not found")]
     NameNotFound,
     /// A router reported it (ICMP), or ARP or neighbour discovery had no answer.
+    #[error("host unreachable")]
     HostUnreachable,
+    #[error("denied by the packet filter of this machine")]
     Denied,
+    #[error("connection refused")]
     Refused,
 }
 
@@ -77,31 +91,12 @@ impl DialError {
     }
 }
 
-impl fmt::Display for DialError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::LocalResources => "out of descriptors, ports or memory on this machine",
-            Self::LocalAddr(ip) if ip.is_unspecified() => "source port not available on this machine",
-            Self::LocalAddr(ip) => {
-                let hint = source_hint();
-                return write!(f, "source address {ip} or its port not available on this machine{hint}");
-            }
-            Self::OutboundInterface => return write!(f, "--outbound-interface {}: no such device", interface()),
-            Self::Resolver => "temporary failure in name resolution",
-            Self::FamilyUnavailable => "no address of a usable family",
-            Self::ZoneRequired => "a link-local address requires a zone, as in fe80::1%eth0",
-            Self::NoInterface => "no such interface on this machine",
-            Self::NetworkUnreachable => "network unreachable",
-            Self::TimedOut => "timed out",
-            Self::NameNotFound => "name not found",
-            Self::HostUnreachable => "host unreachable",
-            Self::Denied => "denied by the packet filter of this machine",
-            Self::Refused => "connection refused",
-        })
+fn local_addr_text(ip: &IpAddr) -> String {
+    match ip.is_unspecified() {
+        true => "source port not available on this machine".into(),
+        false => format!("source address {ip} or its port not available on this machine{}", source_hint()),
     }
 }
-
-impl std::error::Error for DialError {}
 
 /// Local addresses of connections and datagrams. Targets of other address families are not tried.
 #[derive(Clone, Copy, Debug)]

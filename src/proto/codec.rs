@@ -1,6 +1,6 @@
 //! What all messages have in common: the trait, the reader of their fields, and the errors of decoding.
 
-use std::fmt;
+use thiserror::Error;
 
 use super::codes::Rep;
 
@@ -18,29 +18,40 @@ pub const MAX_CREDENTIAL_LEN: usize = 255;
 pub const MAX_TOKEN_LEN: usize = 65_535;
 
 /// Reason why bytes are not a valid message. More bytes can't change it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum ProtocolError {
     /// VER of a greeting, selection, request or reply is not 5.
+    #[error("expected SOCKS version 5, found {0}")]
     Version(u8),
     /// VER of a message of RFC 1929 or RFC 1961 is not 1.
+    #[error("expected authentication version 1, found {0}")]
     AuthVersion(u8),
     /// MTYP of an RFC 1961 message is none of 1, 2, 3 and FF, or not the expected one.
+    #[error("unexpected GSSAPI message type {0}")]
     MessageType(u8),
     /// A token of RFC 1961 has more bytes than LEN can express.
+    #[error("token of {0} bytes is too long (at most {MAX_TOKEN_LEN})")]
     TokenLength(usize),
     /// A greeting offers no method.
+    #[error("no authentication method offered")]
     NoMethods,
     /// UNAME or PASSWD is empty.
+    #[error("empty user name or password")]
     EmptyCredential,
     /// CMD is none of CONNECT, BIND and UDP ASSOCIATE.
+    #[error("unknown command {0}")]
     Command(u8),
     /// ATYP is none of 1, 3 and 4.
+    #[error("unknown address type {0}")]
     AddressType(u8),
     /// A host name is empty, has a control character or is not UTF-8.
+    #[error("invalid host name")]
     InvalidHostName,
     /// A datagram ends within its header.
+    #[error("truncated datagram header")]
     TruncatedHeader,
     /// Not a header of the PROXY protocol, or not one that is supported, for this reason.
+    #[error("invalid PROXY header: {0}")]
     ProxyHeader(&'static str),
 }
 
@@ -54,26 +65,6 @@ impl ProtocolError {
         }
     }
 }
-
-impl fmt::Display for ProtocolError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Version(v) => write!(f, "expected SOCKS version 5, found {v}"),
-            Self::AuthVersion(v) => write!(f, "expected authentication version 1, found {v}"),
-            Self::MessageType(m) => write!(f, "unexpected GSSAPI message type {m}"),
-            Self::TokenLength(n) => write!(f, "token of {n} bytes is too long (at most {MAX_TOKEN_LEN})"),
-            Self::NoMethods => write!(f, "no authentication method offered"),
-            Self::EmptyCredential => write!(f, "empty user name or password"),
-            Self::Command(c) => write!(f, "unknown command {c}"),
-            Self::AddressType(a) => write!(f, "unknown address type {a}"),
-            Self::InvalidHostName => write!(f, "invalid host name"),
-            Self::TruncatedHeader => write!(f, "truncated datagram header"),
-            Self::ProxyHeader(reason) => write!(f, "invalid PROXY header: {reason}"),
-        }
-    }
-}
-
-impl std::error::Error for ProtocolError {}
 
 /// Reason why a decoder returned no message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
