@@ -65,11 +65,21 @@ pub struct Client {
     dst: Addr,
     deadline: Option<(Instant, Duration)>,
     options: Arc<ClientOptions>,
-    /// Current hop and phase, and when the phase began.
-    position: Cell<(usize, Phase, Instant)>,
-    times: Cell<PhaseTimes>,
-    /// Method selected by the last hop that was greeted, and REP of the last reply.
-    last_answer: Cell<(Option<Method>, Option<Rep>)>,
+    progress: Cell<Progress>,
+}
+
+/// How far a handshake is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Progress {
+    /// Index of the current hop.
+    hop: usize,
+    pub(crate) phase: Phase,
+    since: Instant,
+    pub(crate) times: PhaseTimes,
+    /// Selected by the last hop that was greeted.
+    pub(crate) method: Option<Method>,
+    /// REP of the last reply.
+    pub(crate) rep: Option<Rep>,
 }
 
 /// Resolves `addr` to canonical addresses. The caller limits the time.
@@ -83,16 +93,10 @@ pub(crate) async fn lookup(addr: &Addr, limits: &dyn DialLimits) -> Result<Vec<S
 impl Client {
     /// Creates a client that reaches `dst` through `hops`, nearest first. `timeout` covers everything up to the reply.
     pub fn new(hops: Vec<Proxy>, dst: Addr, timeout: Option<Duration>, options: Arc<ClientOptions>) -> Self {
-        let now = Instant::now();
-        Self {
-            hops,
-            dst,
-            deadline: timeout.and_then(|timeout| Some((now.checked_add(timeout)?, timeout))),
-            options,
-            position: Cell::new((0, Phase::ResolveProxy, now)),
-            times: Cell::default(),
-            last_answer: Cell::default(),
-        }
+        let (since, phase, times) = (Instant::now(), Phase::ResolveProxy, PhaseTimes::default());
+        let deadline = timeout.and_then(|timeout| Some((since.checked_add(timeout)?, timeout)));
+        let progress = Progress { hop: 0, phase, since, times, method: None, rep: None };
+        Self { hops, dst, deadline, options, progress: Cell::new(progress) }
     }
 
     /// The proxies, nearest first.
@@ -105,20 +109,8 @@ impl Client {
         Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
     }
 
-    pub(crate) fn phase(&self) -> Phase {
-        self.position.get().1
-    }
-
-    pub(crate) fn times(&self) -> PhaseTimes {
-        self.times.get()
-    }
-
-    pub(crate) fn method(&self) -> Option<Method> {
-        self.last_answer.get().0
-    }
-
-    pub(crate) fn rep(&self) -> Option<Rep> {
-        self.last_answer.get().1
+    pub(crate) fn progress(&self) -> Progress {
+        self.progress.get()
     }
 
     /// Opens all hops and sends the request to the last one. Returns the connection, ready for data, and BND.
@@ -212,7 +204,7 @@ impl Client {
                 timeout_at(deadline, future).await.unwrap_or(Err(ClientErrorKind::TimedOut(timeout)))
             }
         };
-        self.enter_phase(self.phase());
+        self.enter_phase(self.progress().phase);
         result.map_err(|kind| self.error_at_position(kind))
     }
 
@@ -268,7 +260,7 @@ impl Client {
         }
         write(conn, &Greeting { methods: methods.clone() }).await?;
         let selected = read::<MethodSelection>(conn).await?.0;
-        self.last_answer.set((Some(selected), None));
+        self.progress.update(|progress| Progress { method: Some(selected), rep: None, ..progress });
         let offered = methods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         log::debug!("proxy {hop} selected method {selected} (offered: {offered})");
         match (selected, credentials, &self.options.gssapi, ticket) {
@@ -329,7 +321,7 @@ impl Client {
 
     /// Reads a reply. Returns its BND: unspecified if it is neither an address nor a host name.
     async fn read_reply(&self, conn: &mut Conn) -> Result<Addr, ClientErrorKind> {
-        let record_rep = |rep| self.last_answer.set((self.last_answer.get().0, Some(rep)));
+        let record_rep = |rep| self.progress.update(|progress| Progress { rep: Some(rep), ..progress });
         let reply: Reply = conn.read_message().await.map_err(|error| match &error {
             // A failure reply that is truncated or has an invalid BND still has its REP.
             ReadError::Closed(bytes, _) | ReadError::Protocol(_, bytes) => match bytes.as_slice() {
@@ -355,7 +347,7 @@ impl Client {
 
     /// Replaces an unspecified address in BND by the address of the proxy that sent it.
     pub fn resolve_unspecified_bnd(&self, bnd: Addr, conn: &Conn) -> Addr {
-        let (hop, ..) = self.position.get();
+        let Progress { hop, .. } = self.progress();
         let host = match (&bnd.host, self.hops.get(hop).map(|hop| &hop.endpoint)) {
             (Host::Ip(ip), Some(Endpoint::Tcp(addr))) if ip.is_unspecified() && hop > 0 => addr.host.clone(),
             (Host::Ip(ip), _) if ip.is_unspecified() => {
@@ -367,18 +359,16 @@ impl Client {
     }
 
     fn enter_phase(&self, phase: Phase) {
-        self.enter_phase_at(self.position.get().0, phase);
+        self.enter_phase_at(self.progress().hop, phase);
     }
 
     fn enter_phase_at(&self, hop: usize, phase: Phase) {
-        let (_, last, since) = self.position.get();
-        let now = Instant::now();
-        let mut times = self.times.get();
-        if self.is_timed(last) {
-            times.add(last, now.saturating_duration_since(since));
+        let (last, now) = (self.progress(), Instant::now());
+        let mut times = last.times;
+        if self.is_timed(last.phase) {
+            times.add(last.phase, now.saturating_duration_since(last.since));
         }
-        self.times.set(times);
-        self.position.set((hop, phase, now));
+        self.progress.set(Progress { hop, phase, since: now, times, ..last });
     }
 
     /// Returns whether a phase takes time: an address or a path needs no resolution.
@@ -396,12 +386,12 @@ impl Client {
 
     /// Returns the error of a handshake that its caller ends after `limit`.
     pub fn timed_out(&self, limit: Duration) -> ClientError {
-        self.enter_phase(self.phase());
+        self.enter_phase(self.progress().phase);
         self.error_at_position(ClientErrorKind::TimedOut(limit))
     }
 
     fn error_at_position(&self, kind: ClientErrorKind) -> ClientError {
-        let (hop, phase, _) = self.position.get();
+        let Progress { hop, phase, .. } = self.progress();
         let proxy = self.hops.get(hop).map(ToString::to_string);
         // Before the last hop, the target of a request is the next hop.
         let is_about_next = phase == Phase::Request && !matches!(kind, ClientErrorKind::Relay(..));

@@ -5,7 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::Client;
+use super::{Client, Progress};
 use crate::gssapi;
 use crate::net::DialError;
 use crate::proto::{Addr, Command, Rep};
@@ -101,7 +101,7 @@ impl Client {
     /// Returns true if the client of a server causes a delay now: the last proxy connects to its target, or a proxy
     /// checks its login, and may delay a refusal.
     pub fn waits_for_client(&self, command: Command) -> bool {
-        let (hop, phase, _) = self.position.get();
+        let Progress { hop, phase, .. } = self.progress();
         match phase {
             Phase::Login => self.hops.get(hop).is_some_and(|proxy| proxy.forwards_login),
             Phase::Request => command == Command::Connect && hop + 1 == self.hops.len(),

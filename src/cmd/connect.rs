@@ -41,7 +41,7 @@ async fn connect(connector: &Connector, program: Option<&Program>) -> CliResult 
 /// Performs the handshake up to the login, without a request.
 async fn probe(connector: &Connector) -> CliResult {
     let succeed = async |(), client: &Client, _: &mut SessionReport<'_>| {
-        let method = client.method().map(|method| method.to_string()).unwrap_or_default();
+        let method = client.progress().method.map(|method| method.to_string()).unwrap_or_default();
         connector.print_verbose(&format!("handshake succeeded (method {method})"));
         Ok(())
     };

@@ -122,7 +122,7 @@ impl<'a> SessionReport<'a> {
         if self.has_relay() {
             return Some("transfer");
         }
-        Some(match self.client?.phase() {
+        Some(match self.client?.progress().phase {
             Phase::ResolveProxy | Phase::ResolveTarget => "resolve",
             Phase::Connect => "tcp",
             Phase::Greeting => "method",
@@ -134,7 +134,8 @@ impl<'a> SessionReport<'a> {
 
     pub(crate) fn to_json(&self, error: Option<&CliError>) -> String {
         let client = self.client;
-        let times = client.map(Client::times).unwrap_or_default();
+        let progress = client.map(Client::progress);
+        let times = progress.map(|progress| progress.times).unwrap_or_default();
         let time = |phase| or_null(times.of(phase).map(format_millis));
         let resolve = [Phase::ResolveProxy, Phase::ResolveTarget].into_iter().filter_map(|phase| times.of(phase));
         let (counts, stats) = self.relay.clone().unwrap_or_default();
@@ -155,8 +156,8 @@ impl<'a> SessionReport<'a> {
             ("proxy", or_null(hops.last())),
             ("hops", format!("[{}]", hops.join(","))),
             ("target", text(client.and_then(Client::dst))),
-            ("method", text(client.and_then(Client::method))),
-            ("rep", or_null(client.and_then(Client::rep).map(|rep| rep.0))),
+            ("method", text(progress.and_then(|progress| progress.method))),
+            ("rep", or_null(progress.and_then(|progress| progress.rep).map(|rep| rep.0))),
             ("bnd", text(self.bnd.as_ref())),
             ("peer", text(self.peer.as_ref())),
             ("tries", self.attempts.to_string()),
