@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
-use ipnet::{IpNet, Ipv6Net};
+use ipnet::IpNet;
 
 use crate::proto::{Command, HostName, Method, ProtectionLevel};
 
@@ -199,26 +199,24 @@ pub(super) fn embedded_addrs(ip: IpAddr) -> impl Iterator<Item = IpAddr> {
 /// Returns the IPv4 address embedded in an IPv6 address: IPv4-mapped, NAT64 (RFC 6052, and the local prefix of
 /// RFC 8215), 6to4 (RFC 3056) or the Teredo client (RFC 4380).
 pub fn embedded_ipv4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
+    embedding(ip).map(|(_, embedded)| embedded)
+}
+
+/// Returns the embedded address, and the length of the prefix whose addresses all embed one in this way.
+fn embedding(ip: Ipv6Addr) -> Option<(u8, Ipv4Addr)> {
     match ip.segments() {
-        [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(ipv4(high, low)),
-        [0x64, 0xff9b, 1, .., high, low] => Some(ipv4(high, low)),
-        [0x2002, high, low, ..] => Some(ipv4(high, low)),
-        [0x2001, 0, .., high, low] => Some(ipv4(!high, !low)),
+        [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some((96, ipv4(high, low))),
+        [0x64, 0xff9b, 1, .., high, low] => Some((48, ipv4(high, low))),
+        [0x2002, high, low, ..] => Some((16, ipv4(high, low))),
+        [0x2001, 0, .., high, low] => Some((32, ipv4(!high, !low))),
         _ => None,
     }
 }
 
-/// Prefixes whose addresses all embed an IPv4 address, besides IPv4-mapped ones.
-const EMBEDDING: [Ipv6Net; 4] = [
-    Ipv6Net::new_assert(Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, 0, 0), 96),
-    Ipv6Net::new_assert(Ipv6Addr::new(0x64, 0xff9b, 1, 0, 0, 0, 0, 0), 48),
-    Ipv6Net::new_assert(Ipv6Addr::new(0x2002, 0, 0, 0, 0, 0, 0, 0), 16),
-    Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0, 0, 0, 0, 0, 0, 0), 32),
-];
-
 /// Returns true if an `allow` never matches a target: it compares the embedded address.
 pub(super) fn is_always_embedding(target: &TargetPattern) -> bool {
-    matches!(target, TargetPattern::Net(IpNet::V6(net)) if EMBEDDING.iter().any(|prefix| prefix.contains(net)))
+    let TargetPattern::Net(IpNet::V6(net)) = target else { return false };
+    embedding(net.addr()).is_some_and(|(prefix_len, _)| net.prefix_len() >= prefix_len)
 }
 
 fn ipv4(high: u16, low: u16) -> Ipv4Addr {

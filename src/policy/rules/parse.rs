@@ -21,17 +21,12 @@ const MAX_SHOWN: usize = 100;
 const MAX_ENTRY: usize = 1000;
 
 const KEYS: &str = "from, user, method, protection, command, to, port, via, outbound";
-/// Names of keys in other programs, with the key of a rule.
-const FOREIGN_KEYS: [(&str, &str); 9] = [
-    ("client", "from"),
-    ("source", "from"),
-    ("src", "from"),
-    ("target", "to"),
-    ("destination", "to"),
-    ("dest", "to"),
-    ("dst", "to"),
-    ("username", "user"),
-    ("cmd", "command"),
+/// Keys of a rule, each with its names in other programs.
+const FOREIGN_KEYS: [(&str, &[&str]); 4] = [
+    ("from", &["client", "source", "src"]),
+    ("to", &["target", "destination", "dest", "dst"]),
+    ("user", &["username"]),
+    ("command", &["cmd"]),
 ];
 /// Words after `allow` or `deny` that other programs require for a rule without conditions.
 const ANY: [&str; 3] = ["all", "any", "*"];
@@ -147,8 +142,8 @@ impl Conditions {
             "outbound" if self.allow => parse_outbound(value).map(|outbound| self.outbound = Some(outbound)),
             "via" | "outbound" => Err("only valid with allow".into()),
             _ => {
-                let own = FOREIGN_KEYS.iter().find(|(foreign, _)| *foreign == key);
-                let hint = own.map_or(format!("keys are {KEYS}"), |(_, own)| format!("write {own}="));
+                let own = FOREIGN_KEYS.iter().find(|(_, foreign)| foreign.contains(&key));
+                let hint = own.map_or(format!("keys are {KEYS}"), |(own, _)| format!("write {own}="));
                 return Err(format!("unknown key {} ({hint})", excerpt(key)));
             }
         };
