@@ -121,7 +121,15 @@ impl Connector {
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
         transfer: impl AsyncFnOnce(T, &Client, &mut SessionReport<'_>) -> CliResult,
     ) -> CliResult {
-        let RetryOutcome { client, attempts, result } = self.retry(operation).await;
+        self.use_reported(self.retry(operation).await, transfer).await
+    }
+
+    /// Uses what attempts have established by `transfer`. Reports both.
+    pub(super) async fn use_reported<T>(
+        &self,
+        RetryOutcome { client, attempts, result }: RetryOutcome<T>,
+        transfer: impl AsyncFnOnce(T, &Client, &mut SessionReport<'_>) -> CliResult,
+    ) -> CliResult {
         let mut report = SessionReport::new(&client, attempts);
         let result = match result {
             Ok(established) => {
@@ -145,7 +153,7 @@ impl Connector {
         limited.or(async { Err(Cut::Signal(signal_watch.wait().await)) }).await
     }
 
-    pub(super) fn session_cut_error(&self, client: &Client, report: &SessionReport<'_>, cut: Cut) -> CliError {
+    fn session_cut_error(&self, client: &Client, report: &SessionReport<'_>, cut: Cut) -> CliError {
         match cut {
             Cut::TimedOut(limit) if !report.has_relay() => client.timed_out(limit).into(),
             cut => self.cut_error(cut),

@@ -9,16 +9,17 @@ use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
 use socket2::SockRef;
 
-use super::connector::{Connector, ModeFuture, RetryOutcome};
+use super::connector::{Connector, ModeFuture};
 use super::report::SessionReport;
 use super::tunnel::relay_result;
+use crate::client::Client;
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::net::{
     self, ACCEPT_RETRY_DELAY, Interest, Io, RelayError, RelayOp, RelayOptions, Stream, UNDELIVERED_GRACE, relay,
     set_tcp_options, sleep,
 };
-use crate::proto::Command;
+use crate::proto::{Addr, Command};
 
 /// Opens a socket on a local address with `bind`, and prints the address.
 pub(crate) fn listen<T: AsFd>(
@@ -90,47 +91,39 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> CliResult {
         sleep(HALF_CLOSED_GRACE).await;
         None
     };
-    let Some(RetryOutcome { client, attempts, result }) = async { Some(request.await) }.or(disconnected).await else {
+    let Some(outcome) = async { Some(request.await) }.or(disconnected).await else {
         let reason = "the local client disconnected before the tunnel was established";
         let error = connector.transfer_error(ExitStatus::RECEIVE_ERROR, reason);
         return connector.finish(&SessionReport::default(), Err(error));
     };
-    let mut report = SessionReport::new(&client, attempts);
-    let (mut tunnel, bnd) = match result {
-        Ok(established) => established,
-        Err(error) => {
-            // Reset the connection: an orderly close would look like an empty answer from the target.
-            local.abort();
-            return connector.finish(&report, Err(error));
-        }
-    };
-    connector.print_connected(&bnd);
-    report.bnd = Some(bnd);
-    let (counts, stats) = report.start_relay();
-    let options = RelayOptions {
-        idle_timeout: connector.args.max_idle_time(),
-        linger: connector.args.linger,
-        stats: Some(stats),
-        ..RelayOptions::default()
-    };
-    let outcome = {
-        let relayed = relay(&mut local, &mut tunnel, &options, &counts, |_, _| true);
-        connector.until_cut(relayed).await
-    };
-    drop(tunnel);
-    let outcome = match outcome {
-        Ok(outcome) => outcome,
-        Err(cut) => return connector.finish(&report, Err(connector.session_cut_error(&client, &report, cut))),
-    };
-    if let Err(RelayError::Undelivered(_)) = outcome {
-        sleep(UNDELIVERED_GRACE).await;
+    if outcome.result.is_err() {
+        // Reset the connection: an orderly close would look like an empty answer from the target.
         local.abort();
     }
-    let result = match outcome {
-        Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
-            Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("local client: {error}")))
+    let transfer = async |(mut tunnel, bnd): (Conn, Addr), _: &Client, report: &mut SessionReport<'_>| {
+        connector.print_connected(&bnd);
+        report.bnd = Some(bnd);
+        let (counts, stats) = report.start_relay();
+        let options = RelayOptions {
+            idle_timeout: connector.args.max_idle_time(),
+            linger: connector.args.linger,
+            stats: Some(stats),
+            ..RelayOptions::default()
+        };
+        let outcome = relay(&mut local, &mut tunnel, &options, &counts, |_, _| true).await;
+        drop(tunnel);
+        match outcome {
+            Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
+                Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("local client: {error}")))
+            }
+            outcome => {
+                if let Err(RelayError::Undelivered(_)) = outcome {
+                    sleep(UNDELIVERED_GRACE).await;
+                    local.abort();
+                }
+                relay_result(connector, outcome, Ok(()))
+            }
         }
-        outcome => relay_result(connector, outcome, Ok(())),
     };
-    connector.finish(&report, result)
+    connector.use_reported(outcome, transfer).await
 }
