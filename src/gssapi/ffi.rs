@@ -19,12 +19,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use nix::libc;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal as Nix, sigaction};
 
-use super::layout::{
-    ERROR_MASK, GSS_C_ACCEPT, GSS_C_GSS_CODE, GSS_C_INDEFINITE, GSS_C_INITIATE, GSS_C_MECH_CODE, GssBuffer,
-    HOSTBASED_SERVICE_OID, KRB5_OID, KRB5_PRINCIPAL_OID, KeyValueElement, KeyValueSet, Kind, LIBRARY_ENV_VAR,
-    LIBRARY_NAMES, Oid, OidSet, check_acceptor_token, check_complete, check_name, error_text, one_line, token_order,
-    with_path,
-};
+use super::layout::*;
 pub use super::layout::{
     GSS_C_ANON_FLAG, GSS_C_CONF_FLAG, GSS_C_INTEG_FLAG, GSS_C_MUTUAL_FLAG, GSS_C_REPLAY_FLAG, GSS_C_SEQUENCE_FLAG,
 };
