@@ -74,7 +74,6 @@ use restart::Restarter;
 pub use restart::{RESTART_HELPER, report_failed_start, run_restart_helper};
 pub use run_as::RunAs;
 pub use sandbox::close_inherited_descriptors;
-use session_counts::CounterFields;
 pub use startup::{ServerError, check};
 use startup::{check_open_relay, check_outbound, ipv6_only, open_listeners, open_metrics, prepare};
 use state::Server;
@@ -189,7 +188,10 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         is_replaced.close();
         if let Some(server) = server.upgrade() {
             server.workers.stop_accepting();
-            server.workers.wait_for_all().or(async { drop(Timer::after(RESTART_TIMEOUT).await) }).await;
+            let timeout = async {
+                Timer::after(RESTART_TIMEOUT).await;
+            };
+            server.workers.wait_for_all().or(timeout).await;
         }
         log_queue::FOLLOWS_PATH.store(true, Ordering::Relaxed);
         notifier.replaced_by(pid);
@@ -369,7 +371,7 @@ async fn wait_end_signal(
         match signal.map_err(ServerError::io("wait for a signal"))? {
             Signal::Usr1 => {
                 let level = if log::log_enabled!(Level::Info) { Level::Info } else { Level::Warn };
-                log::log!(target: LOGFMT_TARGET, level, "msg=counters {CounterFields}");
+                log::log!(target: LOGFMT_TARGET, level, "msg=counters {}", session_counts::fields());
             }
             Signal::Usr2 => restart(),
             Signal::Hup if !hang_up().await => {}

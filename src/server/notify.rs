@@ -31,6 +31,7 @@ const MIN_WATCHDOG_INTERVAL: Duration = Duration::from_millis(100);
 /// Time from the end of the drain time to the exit, at most.
 const EXIT_TIME: Duration = Duration::from_secs(10);
 
+#[derive(Default)]
 pub(super) struct Notifier {
     /// The socket of the service manager, with its name.
     socket: Option<(OsString, UnixDatagram)>,
@@ -53,14 +54,7 @@ impl Notifier {
             log::warn!("{error} (the watchdog is not used)");
             None
         });
-        Self {
-            socket,
-            watchdog,
-            has_failed: Cell::default(),
-            is_draining: Cell::default(),
-            is_replaced: Cell::default(),
-            last_status: RefCell::default(),
-        }
+        Self { socket, watchdog, ..Self::default() }
     }
 
     /// Reports that the server accepts connections and has loaded its files.

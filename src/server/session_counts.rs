@@ -1,7 +1,6 @@
 //! Counts of sessions: those that begin and end, and their results by command, method and REP, a fixed number of
 //! combinations. When half of the sessions have ended, their memory is returned to the kernel.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{LazyLock, OnceLock};
 use std::thread;
@@ -115,19 +114,18 @@ pub(super) fn summary() -> String {
     format!("{open} sessions open, {sessions} since the start")
 }
 
-/// The fields of the line of counters, which SIGUSR1 logs.
-pub(super) struct CounterFields;
-
-impl fmt::Display for CounterFields {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use Counter::{BytesDown, BytesUp, FailedLogins, OpenAssociations, OpenSessions, Refused, Sessions};
-        let total = |is_counted: fn(&str) -> bool| -> u64 {
-            results().filter_map(|([.., rep], count)| is_counted(rep).then_some(count)).sum()
-        };
-        let (refused, failed) = (total(|rep| rep == "2"), total(|rep| !["-", "0", "2"].contains(&rep)));
-        let [open, associations, sessions, closed, failed_logins, up, down] =
-            [OpenSessions, OpenAssociations, Sessions, Refused, FailedLogins, BytesUp, BytesDown].map(counters::sum);
-        write!(f, "open={open} associations={associations} sessions={sessions} refused={}", closed + refused)?;
-        write!(f, " failed={failed} failed_logins={failed_logins} up={up} down={down}")
-    }
+/// Returns the fields of the line of counters, which SIGUSR1 logs.
+pub(super) fn fields() -> String {
+    use Counter::{BytesDown, BytesUp, FailedLogins, OpenAssociations, OpenSessions, Refused, Sessions};
+    let total = |is_counted: fn(&str) -> bool| -> u64 {
+        results().filter_map(|([.., rep], count)| is_counted(rep).then_some(count)).sum()
+    };
+    let (refused, failed) = (total(|rep| rep == "2"), total(|rep| !["-", "0", "2"].contains(&rep)));
+    let [open, associations, sessions, closed, failed_logins, up, down] =
+        [OpenSessions, OpenAssociations, Sessions, Refused, FailedLogins, BytesUp, BytesDown].map(counters::sum);
+    format!(
+        "open={open} associations={associations} sessions={sessions} refused={} failed={failed} \
+         failed_logins={failed_logins} up={up} down={down}",
+        closed + refused
+    )
 }
