@@ -20,9 +20,9 @@ pub const NODES: [&str; 3] = ["node1", "node2", "node3"];
 pub const PUBLIC_TARGET: &str = "203.0.113.31:7";
 /// This port of the target sends zeros until the client disconnects.
 pub const SOURCE: &str = "10.3.0.31:19";
-/// Options of each node behind HAProxy. `NODE` is the last byte of its addresses.
+/// Options of each node behind HAProxy, and behind the NAT of the router. `NODE` is the last byte of its addresses.
 pub const BEHIND_HAPROXY: &str = "--listen '*:1080' --proxy-protocol-from 10.2.0.10 --metrics 10.2.0.NODE:9080 \
-                                  --allow-remote-metrics --advertise 10.2.0.NODE --advertise fd00:2::NODE";
+                                  --allow-remote-metrics --advertise 198.51.100.NODE --advertise 2001:db8::NODE";
 /// Time limit for HAProxy to notice a change: two checks, one second apart, on a loaded machine.
 pub const CHECK_LIMIT: Duration = Duration::from_secs(10);
 /// All names stand for the only user of the namespace: HAProxy can switch to its user, and files can belong to s5.
@@ -32,7 +32,7 @@ const GROUP: &str = "root:x:0:\nhaproxy:x:0:\ns5:x:0:\n";
 /// Runs the rest of the test in a lab. Returns from the test outside of it, and if a program is missing.
 macro_rules! lab {
     () => {{
-        if !has_all(&["haproxy", "ip", "unshare"]) {
+        if !has_all(&["haproxy", "ip", "nft", "unshare"]) {
             return;
         }
         enter_namespace!(HOSTS, "");

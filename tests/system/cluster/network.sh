@@ -29,6 +29,7 @@ host() { # NAME NETWORK NUMBER HOST
     nsenter --net="/run/netns/$1" sh -c 'cd /proc/sys/net/ipv4; echo 1 > tcp_tw_reuse; echo 1024 65000 > ip_local_port_range'
 }
 
+dnat4= dnat6=
 network clients 1
 network servers 2
 network targets 3
@@ -40,6 +41,14 @@ host node1 servers 2 21
 host node2 servers 2 22
 host node3 servers 2 23
 host target targets 3 31
+
+# Public addresses of the nodes, which only the router knows.
+for node in 21 22 23; do
+    dnat4="$dnat4 ip daddr 198.51.100.$node dnat to 10.2.0.$node;"
+    dnat6="$dnat6 ip6 daddr 2001:db8::$node dnat to fd00:2::$node;"
+done
+nft "table ip nat { chain in { type nat hook prerouting priority dstnat; $dnat4 }; }
+    table ip6 nat { chain in { type nat hook prerouting priority dstnat; $dnat6 }; }"
 
 # A public address of the target.
 ip addr add 203.0.113.1/24 dev targets
