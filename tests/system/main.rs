@@ -3,6 +3,7 @@
 
 mod cluster;
 mod package;
+mod ports;
 #[path = "../support/mod.rs"]
 mod support;
 
