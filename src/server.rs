@@ -117,7 +117,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     policy.metrics_addrs = metrics.iter().flat_map(|listener| listener.addrs()).collect();
     // Before the sandbox.
     let restarter =
-        Restarter::start(&options.command_line, options.successor_variable.as_ref(), notifier.has_watchdog());
+        Restarter::start(&options.command_line, options.successor_variable.as_ref(), notifier.watchdog.is_some());
     let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(|listener| listener.addrs()).collect())?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let is_restricted = !options.no_sandbox;

@@ -115,6 +115,5 @@ fn option(name: &str) -> String {
 
 fn no_password(proxy: &Proxy, uname: &[u8]) -> CliResult<Vec<u8>> {
     let user = String::from_utf8_lossy(uname);
-    let remedy = "use --proxy-auth-file or S5_PROXY_AUTH";
-    Err(CliError::usage(format!("proxy {proxy}: no password for {user} ({remedy})")))
+    Err(CliError::usage(format!("proxy {proxy}: no password for {user} (use --proxy-auth-file or S5_PROXY_AUTH)")))
 }
