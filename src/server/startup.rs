@@ -88,12 +88,11 @@ pub(super) fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, Ser
 
 /// Binds the addresses of an option.
 fn bind_all<'a>(addrs: impl IntoIterator<Item = &'a ListenAddr>, option: &str) -> Result<Vec<Listener>, ServerError> {
-    let bind = |listen: &ListenAddr| listen.bind().map_err(|(addr, error)| listen_error(addr, error, option));
-    addrs
-        .into_iter()
-        .map(bind)
-        .collect::<Result<Vec<_>, _>>()
-        .map(|listeners| listeners.into_iter().flatten().collect())
+    let mut listeners = Vec::new();
+    for listen in addrs {
+        listeners.extend(listen.bind().map_err(|(addr, error)| listen_error(addr, error, option))?);
+    }
+    Ok(listeners)
 }
 
 fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerError {
@@ -109,7 +108,8 @@ fn resolve_free(listen: &ListenAddr, option: &str, others: &[SocketAddr]) -> Res
         let is_same = |other: &SocketAddr| addr.is_ipv4() == other.is_ipv4() && addr.port() == other.port();
         addr.port() != 0 && others.iter().any(|other| *addr == other || is_same(other) && is_any(other))
     });
-    in_use.map_or(Ok(addrs.clone()), |addr| Err(listen_error(addr, Errno::ADDRINUSE.into(), option)))
+    in_use.map_or(Ok(()), |addr| Err(listen_error(addr, Errno::ADDRINUSE.into(), option)))?;
+    Ok(addrs)
 }
 
 /// Opens the sockets for metrics.

@@ -4,8 +4,10 @@ use crate::support::bytes::hex;
 use crate::*;
 
 /// Attacks on readers of the log: texts that end a line or a value, control a terminal, or reverse the following text.
-pub const ATTACKS: [&[u8]; 26] = [
+pub const ATTACKS: [&[u8]; 28] = [
     b"\n",
+    b"\t",
+    b"12",
     b"\r\nts=2026-11-23T23:30:48.827Z level=warn msg=session id=1 from=1.2.3.4:5",
     b"\" error=\"login refused",
     b"\\",
@@ -59,7 +61,7 @@ fn assert_harmless(log: &str, session_count: usize) {
 }
 
 /// The keys of a session line, in their order.
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 17] = [
     "id",
     "from",
     "user",
@@ -69,6 +71,7 @@ const KEYS: [&str; 16] = [
     "to",
     "addr",
     "via",
+    "outbound",
     "bnd",
     "rep",
     "targets",
@@ -276,7 +279,7 @@ fn json_lines_have_the_values_that_clients_sent() {
         return;
     }
     let (_dir, users) = users_file(&[("alice", "secret")]);
-    let server = Server::start(&["--users", &users, "-vv", "--log-format", "json"]);
+    let server = Server::start(&["--users", &users, "-vv", "--log-format", "json", "--outbound", "127.0.0.1"]);
     for uname in ATTACKS {
         assert_ne!(log_in(&server, unused_client_ip(), uname, b"wrong").1, 0, "{}", uname.escape_ascii());
     }
@@ -285,10 +288,11 @@ fn json_lines_have_the_values_that_clients_sent() {
     stream.write_all(&request_bytes(CONNECT, b"a\"b\\.test", 80)).expect("request sent");
     assert_ne!(read_reply(&mut stream).0, 0);
     drop(stream);
+    assert_eq!(open_with_login(&server, ("alice", "secret"), CONNECT, echo_server()).1, 0);
     server.signal("USR1");
     let ended = |log: &str| log.matches("\"msg\":\"session\"").count();
-    let log = server.wait_log(|log| ended(log) > ATTACKS.len() && log.contains("\"msg\":\"counters\""));
-    assert!(log.contains(r#""to":"a\"b\\.test:80""#), "{log}");
+    let log = server.wait_log(|log| ended(log) > ATTACKS.len() + 1 && log.contains("\"msg\":\"counters\""));
+    assert!(log.contains(r#""to":"a\"b\\.test:80""#) && log.contains(r#","outbound":"127.0.0.1","#), "{log}");
     let read =
         String::from_utf8(stdout(Command::new("python3").args(["-c", READ_JSON]), log.as_bytes())).expect("ASCII");
     let (mut names, mut kinds) = (Vec::new(), BTreeSet::new());
@@ -311,7 +315,7 @@ fn json_lines_have_the_values_that_clients_sent() {
         |uname: &[u8]| if is_text(uname) { uname.to_vec() } else { uname.escape_ascii().to_string().into_bytes() };
     let expected = ATTACKS.iter().map(|uname| hex(&value(uname)));
     names.sort_unstable();
-    let mut expected: Vec<String> = expected.chain([hex(b"alice")]).collect();
+    let mut expected: Vec<String> = expected.chain([(); 2].map(|()| hex(b"alice"))).collect();
     expected.sort_unstable();
     assert_eq!(names, expected);
     let output = run(s5().args(["serve", "--log-format", "json", "--rules", "/nonexistent"]), b"", TIMEOUT);

@@ -1,11 +1,11 @@
 //! Metrics and health checks: the text format, the counts of each kind of event, the limits of the HTTP server.
 
 use crate::lifecycle::notify::stop_worker;
-use crate::udp::association::Association;
+use crate::udp::association::{Association, datagram, datagram_name, receive, socket};
 use crate::*;
 
 /// A server with metrics on loopback, and the address of these.
-fn start(args: &[&str]) -> (Server, SocketAddr) {
+pub fn start(args: &[&str]) -> (Server, SocketAddr) {
     let server = Server::start(&[&["--metrics", "127.0.0.1:0"], args].concat());
     let log = server.wait_log(|log| log.contains("metrics on "));
     let metrics = log.lines().find_map(|line| line.split_once("metrics on ")).expect("a line").1;
@@ -36,10 +36,10 @@ fn get(metrics: SocketAddr, path: &str) -> (u16, String) {
 }
 
 /// All samples by name and labels. Fails unless the text is in the format of Prometheus.
-struct Metrics(BTreeMap<String, f64>);
+pub struct Metrics(BTreeMap<String, f64>);
 
 impl Metrics {
-    fn scrape(metrics: SocketAddr) -> Self {
+    pub fn scrape(metrics: SocketAddr) -> Self {
         let (status, text) = get(metrics, "/metrics");
         assert_eq!(status, 200);
         Self::parse(&text)
@@ -76,12 +76,12 @@ impl Metrics {
     }
 
     /// The value of a series; 0 if there is none.
-    fn get(&self, series: &str) -> f64 {
+    pub fn get(&self, series: &str) -> f64 {
         self.0.get(series).copied().unwrap_or_default()
     }
 
     /// Fails unless these series have these values.
-    fn assert<'a>(&self, expected: impl IntoIterator<Item = (&'a str, f64)>) {
+    pub fn assert<'a>(&self, expected: impl IntoIterator<Item = (&'a str, f64)>) {
         for (series, value) in expected {
             assert_eq!(self.get(series), value, "{series} in {:#?}", self.0);
         }
@@ -192,12 +192,15 @@ fn refusals_of_logins_count_as_delayed_after_five_failures() {
 
 #[test]
 fn bytes_and_pipes_of_an_open_tunnel_count_while_it_copies_splices_and_moves() {
-    const TOTAL: usize = 8 << 20;
+    // More than all buffers of the kernel hold.
+    const TOTAL: usize = 24 << 20;
     for args in [&["--threads", "1"][..], &["--threads", "2"], &["--rate", "1G"]] {
         let (server, metrics) = start(args);
         let (client, target) = tunnel(&server);
         let (mut sender, is_spliced) = (client.try_clone().expect("cloned"), args[0] == "--threads");
         let sending = thread::spawn(move || send_pattern(&mut sender, TOTAL, |_| {}));
+        let pipes = || Metrics::scrape(metrics).get("s5_pipes_open");
+        wait_until("a pipe is full", TIMEOUT, || pipes() == f64::from(u8::from(is_spliced)));
         check_pattern(&mut (&target).take(TOTAL as u64), TOTAL);
         sending.join().expect("data sent");
         let up = "s5_relayed_bytes_total{direction=\"up\"}";
@@ -205,33 +208,54 @@ fn bytes_and_pipes_of_an_open_tunnel_count_while_it_copies_splices_and_moves() {
         let after = Metrics::scrape(metrics);
         assert!(after.get("s5_sessions_open") == 1.0 && after.get("s5_pipes_open") <= f64::from(u8::from(is_spliced)));
         drop((client, target));
-        wait_until("the pipe is closed", TIMEOUT, || Metrics::scrape(metrics).get("s5_pipes_open") == 0.0);
+        wait_until("the pipe is closed", TIMEOUT, || pipes() == 0.0);
         Metrics::scrape(metrics).assert([(up, TOTAL as f64)]);
     }
 }
 
 #[test]
 fn dropped_datagrams_count_by_reason() {
-    enter_namespace!("127.0.0.1 localhost\n", "");
+    enter_namespace!("127.0.0.1 localhost\n192.0.2.2 no-route.test\n", "");
     let dst = udp_echo_server(V4);
     let hop = format!("--hop=gone={}", closed_port());
     let (server, metrics) = start(&["--deny", "port=9", &hop, "--rule", "allow to=127.0.0.9 via=gone"]);
     let association = Association::new(&server);
-    association.ping(dst, b"hello");
+    // Received together with the first datagram of the client, which sets its port.
+    server.signal("STOP");
+    association.send(dst, b"hello");
+    let other_port = datagram(0, dst, b"sender");
+    socket(V4).send_to(&other_port, association.bnd).expect("datagram sent");
+    server.signal("CONT");
+    assert_eq!(association.receive(), (dst, b"hello".to_vec()));
     association.send(addr("127.0.0.1:9"), b"denied");
     association.send_raw(b"malformed");
-    association.send_raw(&crate::udp::association::datagram(2, dst, b"not the first fragment"));
-    association.send_raw(&crate::udp::association::datagram_name(0, "no.test", 7, b"lookup"));
+    association.send_raw(&datagram(2, dst, b"not the first fragment"));
+    association.send_raw(&datagram_name(0, "no.test", 7, b"lookup"));
     association.send(addr("127.0.0.9:7"), b"hop");
+    association.send(addr("192.0.2.1:7"), b"unsent");
+    association.send_raw(&datagram_name(0, "no-route.test", 7, b"unsent"));
     association.ping(dst, b"hello");
+    // An answer of a stranger.
+    let (target, stranger) = (socket(V4), socket(ip("127.0.0.9")));
+    association.send(target.local_addr().expect("an address"), b"hello");
+    stranger.send_to(b"not asked", receive(&target).1).expect("datagram sent");
     let reason = |reason: &str| format!("s5_datagrams_dropped_total{{reason=\"{reason}\"}}");
-    for expected in ["denied", "malformed", "fragment", "lookup", "hop"] {
-        wait_until(expected, TIMEOUT, || Metrics::scrape(metrics).get(&reason(expected)) == 1.0);
+    for (expected, count) in [
+        ("sender", 1.0),
+        ("denied", 2.0),
+        ("malformed", 1.0),
+        ("fragment", 1.0),
+        ("lookup", 1.0),
+        ("hop", 1.0),
+        ("unsent", 2.0),
+    ] {
+        wait_until(expected, TIMEOUT, || Metrics::scrape(metrics).get(&reason(expected)) == count);
     }
     let after = Metrics::scrape(metrics);
     after.assert([
-        ("s5_relayed_bytes_total{direction=\"up\"}", 10.0),
-        (&reason("unsent"), 0.0),
+        ("s5_relayed_bytes_total{direction=\"up\"}", 15.0),
+        ("s5_relayed_bytes_total{direction=\"down\"}", 10.0),
+        ("s5_lookup_seconds_count", 2.0),
         (&reason("rate"), 0.0),
     ]);
     let (server, metrics) = start(&["--rate", "1"]);
@@ -239,29 +263,6 @@ fn dropped_datagrams_count_by_reason() {
     association.send(dst, &[0; 60_000]);
     association.send(dst, &[0; 60_000]);
     wait_until("dropped above the rate", TIMEOUT, || Metrics::scrape(metrics).get(&reason("rate")) >= 1.0);
-}
-
-#[test]
-fn missing_log_lines_refused_connections_lookups_and_datagrams_of_strangers_count() {
-    enter_namespace!("127.0.0.1 target\n", "");
-    let (server, metrics) = start(&["--access-log", "/dev/full", "--deny", "from=127.0.0.9"]);
-    let (echo, get) = (echo_server(), |series: &str| Metrics::scrape(metrics).get(series));
-    drop(open_by_name(&server, CONNECT, "target", echo.port()));
-    assert_eq!(get("s5_lookup_seconds_count"), 1.0);
-    wait_until("a lost line", TIMEOUT, || get("s5_log_lines_dropped_total{reason=\"unwritten\"}") == 1.0);
-    let _ = connect_from_ip(&server, [127, 0, 0, 9]).read(&mut [0; 1]);
-    assert_eq!(get("s5_connections_refused_total"), 1.0);
-    let association = Association::new(&server);
-    let [target, stranger] = ["127.0.0.1:0", "127.0.0.9:0"].map(|addr| UdpSocket::bind(addr).expect("bound"));
-    association.send(target.local_addr().expect("an address"), b"hello");
-    let (_, relay) = target.recv_from(&mut [0; 16]).expect("received");
-    stranger.send_to(b"not asked", relay).expect("sent");
-    wait_until("a drop", TIMEOUT, || get("s5_datagrams_dropped_total{reason=\"denied\"}") == 1.0);
-    // One client can cause a limited number of lines.
-    wait_until("omitted lines", TIMEOUT, || {
-        (0..100).for_each(|_| drop(open(&server, CONNECT, echo)));
-        get("s5_log_lines_dropped_total{reason=\"limit\"}") > 0.0
-    });
 }
 
 #[test]
@@ -354,17 +355,52 @@ fn readiness_ends_with_the_drain_and_metrics_of_a_unix_socket_stay() {
 
 #[test]
 fn lag_of_the_event_loops_is_measured() {
-    let (_server, metrics) = start(&["--threads", "2"]);
+    let (server, metrics) = start(&["--threads", "2"]);
+    // A check whether the port is open is not logged.
+    drop(TcpStream::connect(metrics));
     let lag = |le: &str| Metrics::scrape(metrics).get(&format!("s5_event_loop_lag_seconds_bucket{{le=\"{le}\"}}"));
     wait_until("it was measured", TIMEOUT, || lag("10") >= 1.0);
     assert_eq!(get(metrics, "/healthz"), (200, "ok\n".into()));
+    assert!(!server.log().contains("metrics: client"), "{}", server.log());
+}
+
+#[test]
+fn refused_connections_and_omitted_lines_count() {
+    let (server, metrics) = start(&["--deny", "from=127.0.0.66", "--max-per-client", "1"]);
+    for _ in 0..20 {
+        stream_end(&mut connect_from_ip(&server, [127, 0, 0, 66]));
+    }
+    let omitted = || Metrics::scrape(metrics).get("s5_log_lines_dropped_total{reason=\"limit\"}") as usize;
+    server.wait_log(|log| omitted() > 0 && log.matches("denied: --deny").count() + omitted() == 20);
+    let _only = greet(&server);
+    stream_end(&mut server.connect());
+    Metrics::scrape(metrics).assert([("s5_connections_refused_total", 21.0)]);
+}
+
+#[test]
+fn denials_of_the_first_thousand_rules_count_separately() {
+    let dir = temp_dir();
+    let rules: String = (2000..3001).map(|port| format!("deny port={port}\n")).collect();
+    let (server, metrics) = start(&["--rules", &write_file(dir.path(), "rules", &rules)]);
+    let (association, echo) = (Association::new(&server), udp_echo_server(V4));
+    for port in (2000..3001).chain([2000, 3000]) {
+        association.send(SocketAddr::new(V4, port), b"denied");
+        // So that no buffer is full.
+        association.ping(echo, b"hello");
+    }
+    let denials = Metrics::scrape(metrics);
+    let of = |rule: &str| denials.get(&format!("s5_denials_total{{rule=\"{rule}\"}}"));
+    let first = dir.path().join("rules").display().to_string() + " line 1";
+    assert_eq!((of(&first), of("others")), (2.0, 2.0));
+    assert_eq!(denials.0.keys().filter(|series| series.starts_with("s5_denials_total{")).count(), 1001);
 }
 
 #[test]
 fn metrics_need_an_option_for_other_hosts_and_are_not_reachable_through_the_server() {
-    let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--metrics", "0.0.0.0:0"]), b"", TIMEOUT);
-    let stderr = text(&output.stderr);
-    assert!(output.status.code() == Some(2) && stderr.contains("or --allow-remote-metrics"), "{stderr}");
+    for any in ["0.0.0.0:0", "[::]:0"] {
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--metrics", any]), b"", TIMEOUT);
+        assert_fails_with(&output, 2, &["or --allow-remote-metrics"]);
+    }
     let (_in_use, taken) = listener(V4);
     let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--metrics", &taken.to_string()]), b"", TIMEOUT);
     assert!(text(&output.stderr).contains("address already in use (choose another address with --metrics)"));
@@ -421,70 +457,6 @@ fn promtool_has_no_complaint() {
     let output =
         run(Command::new("promtool").args(["check", "metrics"]), get(metrics, "/metrics").1.as_bytes(), TIMEOUT);
     assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
-}
-
-/// Metrics of a node that has all problems, for `promtool test rules`.
-const SERIES: &str = r#"evaluation_interval: 1m
-tests:
-- interval: 1m
-  input_series:
-  - {series: 'up{job="s5",instance="a"}', values: '0x30'}
-  - {series: 's5_sessions_open{instance="a"}', values: '81x30'}
-  - {series: 's5_sessions_limit{instance="a"}', values: '100x30'}
-  - {series: 's5_last_reload_successful{instance="a"}', values: '0x30'}
-  - {series: 's5_login_failures_total{instance="a"}', values: '0+120x30'}
-  alert_rule_test:
-"#;
-
-/// Runs promtool on the files of src/dist.
-fn promtool(args: &[&str]) -> String {
-    let dist = concat!(env!("CARGO_MANIFEST_DIR"), "/src/dist");
-    let output = run(Command::new("promtool").args(args).current_dir(dist), b"", TIMEOUT);
-    assert!(output.status.success(), "{args:?}: {output:?}");
-    text(&output.stdout)
-}
-
-#[test]
-fn configuration_for_prometheus_is_valid_and_its_metrics_exist() {
-    if !is_installed("promtool") {
-        return;
-    }
-    assert!(promtool(&["check", "config", "prometheus.yml"]).contains(" 4 rules found"));
-    let page = include_str!("../../src/dist/README.md");
-    let graphs = page.split("```promql\n").nth(1).and_then(|rest| rest.split("```").next()).expect("queries");
-    let rules: String = graphs.lines().map(|graph| format!("  - {{record: graph, expr: '{graph}'}}\n")).collect();
-    let dir = temp_dir();
-    let file = write_file(dir.path(), "graphs", &format!("groups:\n- name: graphs\n  rules:\n{rules}"));
-    promtool(&["check", "rules", &file]);
-    let (_server, metrics) = start(&[]);
-    let (_, exposition) = get(metrics, "/metrics");
-    let used = [graphs, include_str!("../../src/dist/alerts.yml")].concat();
-    let names = used.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| word.starts_with("s5_"));
-    for name in names.map(|name| name.trim_end_matches("_bucket")) {
-        assert!(exposition.contains(&format!("# TYPE {name} ")), "{name}");
-    }
-}
-
-#[test]
-fn alerts_for_prometheus_fire() {
-    if !is_installed("promtool") {
-        return;
-    }
-    let near_limit = "a has 81 sessions, more than 80 % of its limit (--max-connections)";
-    let expected = [
-        ("S5Down", "job: s5, severity: critical", "a does not answer"),
-        ("S5NearSessionLimit", "severity: warning", near_limit),
-        ("S5ReloadFailed", "severity: warning", "a keeps its old users and rules; its log has the reason"),
-        ("S5LoginFailures", "severity: warning", "a has 2 failed logins per second"),
-    ];
-    let test = |(name, labels, summary)| {
-        let alert = format!("{{exp_labels: {{instance: a, {labels}}}, exp_annotations: {{summary: \"{summary}\"}}}}");
-        format!("  - {{eval_time: 20m, alertname: {name}, exp_alerts: [{alert}]}}\n")
-    };
-    let tests: String = expected.into_iter().map(test).collect();
-    let test = format!("rule_files: [{}/src/dist/alerts.yml]\n{SERIES}{tests}", env!("CARGO_MANIFEST_DIR"));
-    let dir = temp_dir();
-    promtool(&["test", "rules", &write_file(dir.path(), "tests", &test)]);
 }
 
 #[test]

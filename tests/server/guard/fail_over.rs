@@ -76,7 +76,8 @@ fn failure_of_the_target_does_not_fail_over() {
     // A slow target has the whole time: the proxy has logged the client in.
     let slow = FullBacklog::new();
     let (first, second) = (Server::start(&[]), Server::start(&[]));
-    let server = Server::start(&["--via", &format!("{}|{}", first.addr(), second.addr()), "--connect-timeout", "3"]);
+    let server =
+        Server::start(&["--via", &format!("{}|{1}|{1}|{1}", first.addr(), second.addr()), "--connect-timeout", "3"]);
     let mut client = greet(&server);
     client.write_all(&request(CONNECT, slow.addr)).expect("request sent");
     first.wait_log(|log| !log.contains("unused"));
@@ -121,6 +122,40 @@ fn failed_proxies_are_used_if_all_have_failed_and_again_after_a_reload() {
 }
 
 #[test]
+fn failed_proxy_is_tried_again_by_one_session_after_ten_seconds() {
+    let (silent, silent_addr) = listener(V4);
+    silent.set_nonblocking(true).expect("option set");
+    let (good, echo) = (Server::start(&[]), echo_server().to_string());
+    let via = format!("{silent_addr}|{}", good.addr());
+    let server = Server::start(&["--via", &via, "--connect-timeout", "4"]);
+    let start = Instant::now();
+    assert_eq!(rep(&server, CONNECT, &echo), 0);
+    let (mut attempts, sessions, is_over) = (Vec::new(), AtomicUsize::new(0), AtomicBool::new(false));
+    let mut count_attempts = || {
+        attempts.extend(std::iter::from_fn(|| silent.accept().ok()));
+        attempts.len()
+    };
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    assert_eq!(rep(&server, CONNECT, &echo), 0);
+                    sessions.fetch_add(1, Ordering::Relaxed);
+                    thread::sleep(Duration::from_millis(50));
+                }
+            });
+        }
+        wait_until("it is tried again", LONG_TIMEOUT, || count_attempts() > 1);
+        // While that session waits for the proxy, the others do not.
+        let enough = sessions.load(Ordering::Relaxed) + 20;
+        wait_until("other sessions run", TIMEOUT, || sessions.load(Ordering::Relaxed) > enough);
+        is_over.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(count_attempts(), 2);
+    assert!(start.elapsed() > Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[test]
 fn association_fails_over_when_its_proxy_ends() {
     let [first, second] = [(); 2].map(|()| Server::start(&[]));
     let hop = format!("h={}|{}", first.addr(), second.addr());
@@ -148,7 +183,7 @@ fn login_of_the_client_is_forwarded_and_required() {
         .map(|(name, text)| write_file(dir.path(), name, text));
     let (upstream, of_bob) = (Server::start(&["--users", &both]), Server::start(&["--users", &only_bob]));
     let via = format!("h=socks5h://{}?user=client", upstream.addr());
-    let chain = format!("b={}/?user=client,{}?user=client|{}", of_bob.addr(), upstream.addr(), closed_port());
+    let chain = format!("b={}/?user=client,alice:secret@{}|{}", of_bob.addr(), upstream.addr(), closed_port());
     let rules = "allow to=127.0.0.2 via=b\nallow via=h\n";
     let args = ["--hop", &via, "--hop", &chain, "--auth", "password,none", "-v", "-v"];
     let setup = Setup::start(alice_and_bob(), rules, &args);
@@ -166,6 +201,8 @@ fn login_of_the_client_is_forwarded_and_required() {
     // A refused login is a failure of the client, and not of the first proxy.
     assert_eq!([ALICE, BOB].map(|login| open_as(&setup.server, login, CONNECT, &far).1), [1, 0]);
     setup.server.wait_log(|log| log.contains(&format!(" via=\"b={},{}\" ", of_bob.addr(), upstream.addr())));
+    // Only the proxies with the parameter get the login.
+    wait_session(&upstream, &[" user=\"alice\" ", &format!(" to=\"{far}\" ")]);
     // Nor is one whose refusal is late.
     let (slow, count) = scripted(&[5, 2], b"");
     let url = format!("{slow}?user=client|{}?user=client", upstream.addr());

@@ -98,6 +98,21 @@ fn rotation_under_load_loses_and_tears_no_line() {
 }
 
 #[test]
+fn access_log_is_reopened_while_the_server_drains_and_complete_at_its_end() {
+    let (_dir, file) = log_file();
+    let mut server = Server::start(&["--access-log", &file, "--drain-timeout", "60"]);
+    let tunnels = [(); 15].map(|()| tunnel(&server));
+    server.signal("TERM");
+    server.wait_log(|log| log.contains("draining sessions"));
+    fs::rename(&file, format!("{file}.1")).expect("renamed");
+    server.signal("HUP");
+    wait_until("there is a new file", TIMEOUT, || fs::exists(&file).expect("checked"));
+    drop(tunnels);
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+    assert_eq!(session_lines(&fs::read_to_string(&file).expect("file read")).len(), 15);
+}
+
+#[test]
 fn full_disk_costs_lines_that_are_counted_and_no_session() {
     enter_namespace!("127.0.0.1 localhost\n", "");
     let (dir, file) = log_file();
@@ -165,9 +180,11 @@ fn path_that_cannot_be_a_log_is_an_error_with_its_own_remedy() {
 
 #[test]
 fn device_without_space_costs_lines_that_are_counted_at_the_exit() {
-    let mut server = Server::start(&["--access-log", "/dev/full"]);
+    let (mut server, metrics) = crate::metrics::start(&["--access-log", "/dev/full"]);
     (0..3).for_each(|_| run_session(&server));
     server.wait_log(|log| log.contains("--access-log /dev/full: no space left on device; lines are lost"));
+    let lines = "s5_log_lines_dropped_total{reason=\"unwritten\"}";
+    wait_until("the lines count", TIMEOUT, || crate::metrics::Metrics::scrape(metrics).get(lines) == 3.0);
     server.signal("TERM");
     assert_eq!(server.wait(TIMEOUT).code(), Some(0));
     server.wait_log(|log| lost(log) == 3);

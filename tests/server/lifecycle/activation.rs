@@ -65,7 +65,12 @@ fn sockets_of_systemd_are_used_and_their_names_are_in_the_log() {
             format!("unix:{abstract_name} (abstract)"),
         ];
         assert_eq!(listening, expected);
-        tcp.iter().for_each(|addr: &SocketAddr| drop(greet_at(*addr)));
+        let sessions = tcp.map(|addr: SocketAddr| greet_at(addr));
+        // Keepalive is set: proc_net_tcp(5) has the remote address and the timer, 02.
+        let table = fs::read_to_string(format!("/proc/{}/net/tcp", server.pid())).expect("the server runs");
+        let client = format!(":{:04X} 01 ", sessions[0].local_addr().expect("local address").port());
+        let line = table.lines().find(|line| line.contains(&client)).expect("the connection");
+        assert!(line.split_whitespace().nth(5).is_some_and(|timer| timer.starts_with("02:")), "{line}");
         let name = unix::SocketAddr::from_abstract_name(&abstract_name[1..]);
         let unix = [UnixStream::connect(&path), UnixStream::connect_addr(&name.expect("a name"))];
         for mut stream in unix.map(|stream| stream.expect("the listener accepts")) {
@@ -78,6 +83,19 @@ fn sockets_of_systemd_are_used_and_their_names_are_in_the_log() {
         assert!(path.exists());
         fs::remove_file(&path).expect("file removed");
     }
+}
+
+#[test]
+fn sockets_of_systemd_keep_names_and_files_at_a_restart() {
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
+    let mut command = activated(&format!("127.0.0.1/tcp {}", path.display()), &[]);
+    let mut server = Server::start_with(command.env("LISTEN_FDNAMES", "tcp:file"), 2);
+    let successor = Successor::of(&server);
+    server.wait_log(|log| log.matches("listening on ").count() == 4);
+    assert_eq!(listening(&server)[..2], listening(&server)[2..]);
+    rustix::process::kill_process(successor.0, rustix::process::Signal::TERM).expect("the new process runs");
+    assert!(server.wait(TIMEOUT).success() && path.exists());
 }
 
 #[test]
@@ -124,14 +142,16 @@ fn wrong_sockets_and_variables_are_errors_that_name_them() {
         ("::/tcp", "", "", "", "refusing to listen on [::]:".into()),
     ];
     for (sockets, fds, names, pid, expected) in table {
-        let mut command = activated(sockets, &[]);
-        for (name, value) in [("LISTEN_FDS", fds), ("LISTEN_FDNAMES", names), ("LISTEN_PID", pid)] {
-            if !value.is_empty() {
-                command.env(name, value);
+        for args in [&[][..], &["--check"]] {
+            let mut command = activated(sockets, args);
+            for (name, value) in [("LISTEN_FDS", fds), ("LISTEN_FDNAMES", names), ("LISTEN_PID", pid)] {
+                if !value.is_empty() {
+                    command.env(name, value);
+                }
             }
+            let output = run(&mut command, b"", TIMEOUT);
+            assert_fails_with(&output, 2, &[&expected]);
         }
-        let output = run(&mut command, b"", TIMEOUT);
-        assert_fails_with(&output, 2, &[&expected]);
     }
 }
 
@@ -143,6 +163,9 @@ fn sockets_for_another_process_or_besides_listen_are_ignored_with_a_warning() {
     let expected =
         format!("LISTEN_FDS is ignored: it is for another process (LISTEN_PID is 1, this one is {})", server.pid());
     assert!(server.log().contains(&expected), "{}", server.log());
+    drop(server);
+    let server = Server::start_with(s5().arg("serve").env("LISTEN_FDS", "1"), 2);
+    assert!(server.log().contains("(LISTEN_PID is not set, this one is "), "{}", server.log());
     let server = Server::start_with(&mut activated("127.0.0.1/tcp", &["--listen", "127.0.0.2:0"]), 1);
     assert_eq!(server.addr().ip().to_string(), "127.0.0.2");
     assert!(server.log().contains("the sockets of LISTEN_FDS are not used, because --listen is given"));

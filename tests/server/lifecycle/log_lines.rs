@@ -133,9 +133,18 @@ fn sigusr1_logs_the_counters_and_ends_neither_server_nor_sessions() {
 #[test]
 fn sigusr1_logs_the_counters_of_a_quiet_server() {
     let mut command = s5();
-    let addr = closed_port();
-    let log = DatagramLog::start(command.args(["serve", "-q", "--listen", &addr.to_string()]), |_, _| String::new());
+    let (addr, dir) = (closed_port(), temp_dir());
+    let file = dir.path().join("access.log").display().to_string();
+    command.args(["serve", "-q", "--listen", &addr.to_string(), "--access-log", &file]);
+    let log = DatagramLog::start(&mut command, |device, inode| format!("{device}:{inode}"));
     crate::support::wait_until("the server listens", TIMEOUT, || TcpStream::connect(addr).is_ok());
     rustix::process::kill_process(log.server.pid(), rustix::process::Signal::USR1).expect("the server runs");
-    assert!(log.next().contains(" level=warn msg=counters open="));
+    assert!(log.next().starts_with("<4>level=warn msg=counters open="));
+    // A file has times, and no priorities.
+    let mut stream = greet_at(addr);
+    stream.write_all(&request(CONNECT, closed_port())).expect("request sent");
+    assert_eq!(read_reply(&mut stream).0, 5);
+    wait_until("the session is logged", TIMEOUT, || {
+        fs::read_to_string(&file).is_ok_and(|log| log.starts_with("ts=20"))
+    });
 }

@@ -141,6 +141,19 @@ fn watchdog_of_a_microsecond_is_fed_at_most_ten_times_a_second() {
 }
 
 #[test]
+fn new_process_of_a_restart_feeds_the_watchdog() {
+    let manager = Manager::new("");
+    let mut command = Command::new("sh");
+    command.args(["-c", "WATCHDOG_PID=$$ exec \"$0\" serve --listen 127.0.0.1:0"]).arg(s5().get_program());
+    command.env("NOTIFY_SOCKET", &manager.name).env("WATCHDOG_USEC", "200000");
+    let server = Server::start_with(&mut command, 1);
+    manager.wait("WATCHDOG=1");
+    let _successor = Successor::of(&server);
+    manager.wait("READY=1");
+    manager.wait("WATCHDOG=1");
+}
+
+#[test]
 fn idle_server_without_a_watchdog_never_wakes_up() {
     let manager = Manager::new("");
     // The watchdog is for another process.

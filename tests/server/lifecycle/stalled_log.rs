@@ -105,7 +105,9 @@ fn lines_that_a_stalled_reader_costs_are_counted_when_it_reads_again() {
     let (mut reader, stderr) = UnixStream::pair().expect("socket pair created");
     reader.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     // Another process has made it non-blocking.
-    let server = StalledServer::start(stderr, OFlags::NONBLOCK, &["-vv", "--deny", "to=.test"]);
+    let metrics = closed_port();
+    let args = ["-vv", "--deny", "to=.test", "--metrics", &metrics.to_string()];
+    let server = StalledServer::start(stderr, OFlags::NONBLOCK, &args);
     // Long lines, so that they do not fit into the queue.
     let request = request_by_name(CONNECT, &format!("{}.test", "a".repeat(250)), 80);
     (0..SESSIONS).for_each(|number| assert_eq!(server.session(number, &request), 2));
@@ -114,6 +116,8 @@ fn lines_that_a_stalled_reader_costs_are_counted_when_it_reads_again() {
         .split_once(" msg=lost lines=")
         .and_then(|(_, text)| text.split(' ').next()?.parse().ok())
         .expect("a number");
+    let counted = crate::metrics::Metrics::scrape(metrics).get("s5_log_lines_dropped_total{reason=\"unwritten\"}");
+    assert_eq!(counted as usize, lost);
     // Further sessions have all of their lines.
     server.session(0, &request);
     let last = read_log(&mut reader, |log| !session_lines(log).is_empty());

@@ -201,6 +201,22 @@ fn one_source_address_serves_more_connections_than_it_has_ports() {
 }
 
 #[test]
+fn sockets_for_source_addresses_count_against_the_client() {
+    let rules = [1, 2, 3, 4].map(|n| format!("to=127.0.0.1{n} outbound=127.0.0.2{n}"));
+    let rules: Vec<&str> = rules.iter().flat_map(|rule| ["--allow", rule]).collect();
+    // One client may have 3 of the 4: its session, the association, and the third socket of that.
+    let (server, metrics) = crate::metrics::start(&[&["--max-connections", "4"], &rules[..]].concat());
+    let association = crate::udp::association::Association::new(&server);
+    let [first, others @ .., last] = [1, 2, 3, 4].map(|n| udp_echo_server(ip(&format!("127.0.0.1{n}"))));
+    for target in [first, others[0], others[1]] {
+        association.ping(target, b"hello");
+    }
+    association.send(last, b"refused");
+    association.ping(first, b"hello");
+    crate::metrics::Metrics::scrape(metrics).assert([("s5_datagrams_dropped_total{reason=\"unsent\"}", 1.0)]);
+}
+
+#[test]
 fn prefer_selects_the_first_family_of_a_name() {
     enter_namespace!("::1 both.test\n127.0.0.1 both.test\n", "");
     for (prefer, first) in [("4", V4), ("6", V6)] {

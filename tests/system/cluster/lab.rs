@@ -1,7 +1,11 @@
 //! The lab: three clients, HAProxy, three nodes and a target, each with its own network namespace. The namespace of the
 //! test is the router between the networks of the clients, of the servers and of the targets.
 
-use crate::in_network;
+use std::fs::File;
+use std::os::fd::AsFd as _;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
 use crate::support::bytes::poll_until;
 use crate::support::realm::Realm;
 use crate::support::*;
@@ -47,9 +51,17 @@ macro_rules! open_lab {
 }
 pub(super) use open_lab;
 
-/// Runs `work` on a thread in the network of a host.
+/// Runs `work` on a thread in the network of a host. Sockets, threads and programs that it starts stay there.
 pub fn on<T: Send>(host: &str, work: impl FnOnce() -> T + Send) -> T {
-    in_network(&format!("/run/netns/{host}"), work)
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let namespace = File::open(format!("/run/netns/{host}")).expect("a host of the lab");
+            let network = Some(LinkNameSpaceType::Network);
+            move_into_link_name_space(namespace.as_fd(), network).expect("entered the network of the host");
+            work()
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Number of the last byte of the addresses of a node.
