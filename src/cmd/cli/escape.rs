@@ -38,9 +38,7 @@ pub fn quote(text: &str) -> String {
 
 /// Changes system errors in a message to the style of s5: lower case, without the number that [`io::Error`] appends.
 pub fn plain_os_errors(mut message: String) -> String {
-    if message.contains("SUN_LEN") {
-        message = message.replace("SUN_LEN", "108 bytes");
-    }
+    message = message.replace(" SUN_LEN", " 108 bytes");
     let after_number = message.split(" (os error ").skip(1);
     let numbers: Vec<i32> = after_number.filter_map(|text| text.split(')').next()?.parse().ok()).collect();
     numbers.into_iter().fold(message, |message, number| {
