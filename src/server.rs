@@ -89,6 +89,9 @@ const MAX_SPARE_DESCRIPTORS: u64 = 16;
 const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// Time limit for the end of the accept loops at a restart.
 const RESTART_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum time that sessions get to finish after SIGQUIT. Meanwhile, new connections wait in the sockets of systemd.
+const QUIT_DRAIN: Duration = Duration::from_secs(2);
+const SIGNALS: [Signal; 6] = [Signal::Term, Signal::Int, Signal::Quit, Signal::Hup, Signal::Usr1, Signal::Usr2];
 /// Upper limit of the default for [`Options::max_connections`].
 const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
 
@@ -98,11 +101,11 @@ pub type Configuration = (Policy, Vec<Chains>);
 /// Reads the configuration again from its files. The error names file, line and word.
 pub type LoadConfiguration<'a> = dyn Fn() -> Result<Configuration, String> + 'a;
 
-/// Runs until SIGTERM, SIGINT or the end of the terminal, then drains. Reloads at each other SIGHUP. Blocks.
+/// Runs until SIGTERM, SIGINT, SIGQUIT or the end of the terminal, then drains. Reloads at each other SIGHUP. Blocks.
 pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -> Result<(), ServerError> {
     let terminal = Terminal::at_start();
     // From the time that the server can be reached until it handles signals. Handling them starts a thread.
-    let waiting: SigSet = [Nix::SIGTERM, Nix::SIGINT, Nix::SIGHUP, Nix::SIGUSR1, Nix::SIGUSR2].into_iter().collect();
+    let waiting: SigSet = SIGNALS.iter().filter_map(|signal| Nix::try_from(*signal as i32).ok()).collect();
     waiting.thread_block().map_err(|error| ServerError::io("block signals")(error.into()))?;
     let descriptors = raise_descriptor_limit();
     let (dial_shares, dial_descriptors) = DialShares::new(descriptors);
@@ -110,12 +113,11 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let notifier = Notifier::connect();
     let listeners: Vec<_> = open_listeners(&mut options)?.into_iter().map(Arc::new).collect();
-    let metrics = open_metrics(&options)?;
-    policy.metrics_addrs = metrics.iter().flat_map(Listener::addrs).collect();
-    let metrics: Vec<_> = metrics.into_iter().map(Arc::new).collect();
+    let metrics: Vec<_> = open_metrics(&options)?.into_iter().map(Arc::new).collect();
+    policy.metrics_addrs = metrics.iter().flat_map(|listener| listener.addrs()).collect();
     // Before the sandbox.
     let restarter =
-        Restarter::start(&options.command_line, options.successor_variable.as_ref(), notifier.has_watchdog());
+        Restarter::start(&options.command_line, options.successor_variable.as_ref(), notifier.watchdog.is_some());
     let log_sandbox = prepare(&mut policy, &options, listeners.iter().flat_map(|listener| listener.addrs()).collect())?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let is_restricted = !options.no_sandbox;
@@ -130,8 +132,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     for addr in ipv6_only(&policy.listen_addrs) {
         log::info!("{addr} accepts only IPv6 (for IPv4 too, use --listen *:{})", addr.port());
     }
-    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1, Signal::Usr2]);
-    let signals = signals.map_err(ServerError::io("handle signals"))?;
+    let signals = Signals::new(SIGNALS).map_err(ServerError::io("handle signals"))?;
     waiting.thread_unblock().map_err(|error| ServerError::io("unblock signals")(error.into()))?;
     let drain = options.drain_timeout;
     let relay_options = RelayOptions {
@@ -188,10 +189,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         is_replaced.close();
         if let Some(server) = server.upgrade() {
             server.workers.stop_accepting();
-            let timeout = async {
-                Timer::after(RESTART_TIMEOUT).await;
-            };
-            server.workers.wait_for_all().or(timeout).await;
+            server.workers.wait_for_all().or(async { _ = Timer::after(RESTART_TIMEOUT).await }).await;
         }
         log_queue::FOLLOWS_PATH.store(true, Ordering::Relaxed);
         notifier.replaced_by(pid);
@@ -199,7 +197,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         // The successor accepts connections when the connection to it is closed.
         Some(())
     };
-    let stop_accepting = || {
+    let stop_accepting = |drain| {
         notifier.stopping(drain);
         server.upgrade().into_iter().for_each(|server| server.workers.stop_accepting());
     };
@@ -292,7 +290,7 @@ fn spare_descriptors(limit: u64) -> Vec<OwnedFd> {
 }
 
 /// Handles signals until [`wait_end_signal`] returns. Then stops accepting, and returns when all sessions have ended,
-/// after `drain`, or at a second SIGTERM or SIGINT. Returns the error of a worker that ends earlier, and of the stream
+/// after `drain`, or at a second signal of this kind. Returns the error of a worker that ends earlier, and of the stream
 /// of signals: a supervisor would not notice a server that runs without one of its threads, or that no signal ends.
 async fn run_until_shutdown(
     mut signals: Signals,
@@ -301,7 +299,7 @@ async fn run_until_shutdown(
     reports: Receiver<WorkerReport>,
     reload: impl AsyncFn(),
     restart: impl AsyncFn() -> Option<()>,
-    stop_accepting: impl FnOnce(),
+    stop_accepting: impl FnOnce(Duration),
 ) -> Result<(), ServerError> {
     let (requests, restarts) = channel::bounded(1);
     let is_restarting = Cell::new(false);
@@ -323,7 +321,7 @@ async fn run_until_shutdown(
         while restarts.recv().await.is_ok() && restart().await.is_none() {
             is_restarting.set(false);
         }
-        Ok(())
+        Ok(Signal::Usr2)
     };
     // A report that all have ended precedes the error of the only worker.
     let worker_error = async {
@@ -334,8 +332,9 @@ async fn run_until_shutdown(
         }
         std::future::pending().await
     };
-    end_signal.or(worker_error).or(replaced).await?;
-    stop_accepting();
+    let is_quick = end_signal.or(worker_error).or(replaced).await? == Signal::Quit;
+    let drain = if is_quick { drain.min(QUIT_DRAIN) } else { drain };
+    stop_accepting(drain);
     log::info!("shutting down: draining sessions for up to {drain:?}");
     let drained = async {
         while !matches!(reports.recv().await, Ok(WorkerReport::AllEnded) | Err(_)) {}
@@ -360,13 +359,13 @@ async fn run_until_shutdown(
     drained.or(timeout).or(second_signal).await
 }
 
-/// Returns at SIGTERM or SIGINT, or at a SIGHUP for which `hang_up` returns true. Logs the counters at SIGUSR1, even
-/// with `--quiet`: the line was asked for.
+/// Returns a signal that ends the server, or SIGHUP if `hang_up` returns true. Logs the counters at SIGUSR1, even with
+/// `--quiet`: the line was asked for.
 async fn wait_end_signal(
     signals: &mut Signals,
     hang_up: impl AsyncFn() -> bool,
     restart: impl Fn(),
-) -> Result<(), ServerError> {
+) -> Result<Signal, ServerError> {
     while let Some(signal) = signals.next().await {
         match signal.map_err(ServerError::io("wait for a signal"))? {
             Signal::Usr1 => {
@@ -375,7 +374,7 @@ async fn wait_end_signal(
             }
             Signal::Usr2 => restart(),
             Signal::Hup if !hang_up().await => {}
-            _ => return Ok(()),
+            signal => return Ok(signal),
         }
     }
     Err(ServerError::io("wait for a signal")(io::ErrorKind::UnexpectedEof.into()))

@@ -204,10 +204,9 @@ impl PeerSocket {
 
 fn datagram_socket(peer: SocketAddr, local: LocalAddr) -> Result<Io<UdpSocket>, DialError> {
     let from = local.bind_addr(peer).unwrap_or(SocketAddr::new(unspecified(peer.ip()), 0));
-    let socket = bind_outbound(from).map_err(|error| match error.raw_os_error() {
-        None => DialError::OutboundInterface,
-        Some(_) => DialError::LocalAddr(from.ip()),
-    })?;
+    let unavailable = |_| DialError::LocalAddr(from.ip());
+    let socket =
+        bind_outbound(from).map_err(|error| error.raw_os_error().map_or(DialError::OutboundInterface, unavailable))?;
     let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(peer));
     connected.and_then(|()| Io::new(socket)).map_err(|error| DialError::from_connect(&error, peer))
 }

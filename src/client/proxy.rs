@@ -70,10 +70,8 @@ impl FromStr for Proxy {
             }
             _ => text,
         };
-        let (userinfo, address) = match without_scheme.rsplit_once('@') {
-            Some((userinfo, address)) => (Some(userinfo), address),
-            None => (None, without_scheme),
-        };
+        let (userinfo, address) =
+            without_scheme.rsplit_once('@').map_or((None, without_scheme), |(user, address)| (Some(user), address));
         let decode = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
         let (uname, credentials) = match userinfo.map(|userinfo| (userinfo, userinfo.split_once(':'))) {
             Some((_, Some((uname, passwd)))) => {

@@ -7,8 +7,6 @@ mod request;
 mod users;
 
 use std::net::IpAddr;
-use std::path::PathBuf;
-use std::sync::Arc;
 
 use log::LevelFilter;
 
@@ -19,7 +17,7 @@ use crate::client::ClientOptions;
 use crate::gssapi::Initiator;
 use crate::net::LocalAddr;
 use crate::policy::Policy;
-use crate::policy::rules::Route;
+use crate::policy::rules::{self, Route};
 use crate::proto::{DEFAULT_PORT, Method};
 use crate::server::{self, AccessLog, Hop, ListenAddr, Options, RuleOption, ServeArgs};
 use hops::HopSources;
@@ -60,9 +58,7 @@ pub(super) fn run(args: ServeArgs, command_line: Vec<String>) -> CliResult {
         server::close_inherited_descriptors();
     }
     let hops = sources.hops.names().into_iter().zip(proxies).map(|(name, proxies)| Hop::new(name, proxies).into());
-    let mut options = options(args, &policy, hops.collect(), sources.files().map(Into::into).collect())?;
-    (options.inherited, options.command_line) = (inherited, command_line);
-    options.successor_variable = sources.user_entry.clone().map(|entry| (users::ENTRY_VARIABLE, entry));
+    let options = Options { inherited, command_line, hops: hops.collect(), ..options(args, &sources, &policy)? };
     if options.show_rules {
         return explain::show(&policy, &options);
     }
@@ -105,25 +101,22 @@ fn policy_sources(args: &ServeArgs) -> CliResult<PolicySources> {
     })
 }
 
-/// Returns the settings of the server.
-fn options(
-    mut args: ServeArgs,
-    policy: &Policy,
-    hops: Vec<Arc<Hop>>,
-    mut reload_files: Vec<PathBuf>,
-) -> CliResult<Options> {
-    check_one_per_family("--advertise", &args.advertise)?;
+/// Returns the settings of a server without hops, that listens on the addresses of the options.
+fn options(mut args: ServeArgs, sources: &PolicySources, policy: &Policy) -> CliResult<Options> {
+    let one_per_family = |option: &str, ips: &[IpAddr]| {
+        rules::one_per_family(ips).map_err(|error| CliError::usage(format!("{option}: {error}")))
+    };
+    one_per_family("--advertise", &args.advertise)?;
     for (option, own) in [("--advertise-bind", &mut args.advertise_bind), ("--advertise-udp", &mut args.advertise_udp)]
     {
-        check_one_per_family(option, own)?;
+        one_per_family(option, own)?;
         let is_missing = |ip: &&IpAddr| !own.iter().any(|own| own.is_ipv4() == ip.is_ipv4());
         let missing: Vec<IpAddr> = args.advertise.iter().filter(is_missing).copied().collect();
         own.extend(missing);
     }
-    check_one_per_family("--outbound", &args.outbound)?;
-    let outbound = match args.outbound.as_slice() {
-        [] => LocalAddr::default(),
-        ips => LocalAddr { ips: [ips.first().copied(), ips.get(1).copied()], port: 0 },
+    let outbound = match one_per_family("--outbound", &args.outbound)? {
+        [None, None] => LocalAddr::default(),
+        ips => LocalAddr { ips, port: 0 },
     };
     if args.listen.is_empty() {
         args.listen.push(ListenAddr::Loopback(DEFAULT_PORT));
@@ -138,26 +131,19 @@ fn options(
         proxy_is_udp_relay: args.hop_udp_relay,
         ..ClientOptions::default()
     };
-    reload_files.extend(args.keytab.clone());
     let acceptor = policy.methods.contains(&Method::GSSAPI).then(|| load::gssapi_acceptor(&args));
     Ok(Options {
         inherited: Vec::new(),
         command_line: Vec::new(),
-        successor_variable: None,
+        successor_variable: sources.user_entry.clone().map(|entry| (users::ENTRY_VARIABLE, entry)),
         outbound,
         gssapi_acceptor: acceptor.transpose()?,
         hop_options: hop_options.into(),
-        hops,
+        hops: Vec::new(),
         access_log: args.access_log.clone().map(|path| AccessLog { path, open: append, check: check_append }),
-        reload_files,
+        reload_files: sources.files().chain(args.keytab.as_deref()).map(Into::into).collect(),
         args,
     })
-}
-
-/// Checks an option that takes at most one address of each family.
-fn check_one_per_family(option: &str, ips: &[IpAddr]) -> CliResult {
-    let v4 = ips.iter().filter(|ip| ip.is_ipv4()).count();
-    CliError::usage_if(v4 > 1 || ips.len() - v4 > 1, format!("{option}: at most one IPv4 and one IPv6 address"))
 }
 
 /// Returns the accepted methods, the preferred one first.

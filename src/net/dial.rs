@@ -41,7 +41,7 @@ const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 pub enum DialError {
     #[error("out of descriptors, ports or memory on this machine")]
     LocalResources,
-    #[error("{}", local_addr_text(.0))]
+    #[error("source address {0} or its port not available on this machine{hint}", hint = source_hint())]
     LocalAddr(IpAddr),
     #[error("--outbound-interface {}: no such device", interface())]
     OutboundInterface,
@@ -88,13 +88,6 @@ impl DialError {
             None => Self::OutboundInterface,
             _ => Self::LocalResources,
         }
-    }
-}
-
-fn local_addr_text(ip: &IpAddr) -> String {
-    match ip.is_unspecified() {
-        true => "source port not available on this machine".into(),
-        false => format!("source address {ip} or its port not available on this machine{}", source_hint()),
     }
 }
 

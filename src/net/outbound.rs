@@ -33,7 +33,7 @@ pub(super) fn interface() -> &'static str {
     OPTIONS.get().and_then(|options| options.interface.as_deref()).unwrap_or_default()
 }
 
-/// Returns what sets source addresses, for messages: the options of a server, or nothing.
+/// Returns the end of a message about a source address. Only a server has options here.
 pub(super) fn source_hint() -> &'static str {
     OPTIONS.get().map_or("", |_| " (set by --outbound, or outbound= of a rule)")
 }

@@ -15,7 +15,7 @@ pub use conditions::{AccessRequest, Identity, Route, UserPattern, embedded_ipv4,
 use conditions::{ClientPattern, Conditions, Match, TargetPattern, embedded_addrs, is_always_embedding};
 use groups::{Groups, Search};
 use parse::parse_target;
-pub use parse::{decode_user, parse_cidr, parse_rule, parse_rules};
+pub use parse::{decode_user, one_per_family, parse_cidr, parse_rule, parse_rules};
 pub use rule::Rule;
 use rule::TargetCondition;
 
@@ -191,12 +191,7 @@ impl Rules {
         match_target: &dyn Fn(&Rule) -> Match,
         found: &mut dyn FnMut(usize, &'a Rule, Match),
     ) {
-        let search = Search { groups: &self.groups, rules: &self.user_rules, request, match_target, only_first };
-        search.run(&mut |index, matches| {
-            if let Some(rule) = self.user_rules.get(index) {
-                found(index, rule, matches);
-            }
-        });
+        Search { groups: &self.groups, rules: &self.user_rules, request, match_target, only_first }.run(found);
     }
 
     fn route(&self, rule: &Rule) -> Route {

@@ -1,7 +1,6 @@
 //! Listening sockets that s5 gets from systemd (see sd_listen_fds(3)), or from the process that it replaces.
 
-use std::env::VarError;
-use std::fmt;
+use std::ffi::OsString;
 use std::iter::repeat;
 use std::os::fd::RawFd;
 use std::str::FromStr;
@@ -70,15 +69,15 @@ fn from_systemd() -> Result<Vec<Listener>, String> {
 fn take(number: RawFd, name: &str) -> Result<Listener, String> {
     let io_error = |error| format!("descriptor {number}: {error} (only the service manager sets this variable)");
     let socket = take_descriptor(number).map(Socket::from).map_err(io_error)?;
-    let is_stream = |domain| matches!(domain, Domain::IPV4 | Domain::IPV6 | Domain::UNIX);
-    let is_listener = socket.domain().is_ok_and(is_stream)
+    let domain = socket.domain().map_err(io_error)?;
+    let is_listener = [Domain::IPV4, Domain::IPV6, Domain::UNIX].contains(&domain)
         && socket.r#type().is_ok_and(|kind| kind == Type::STREAM)
         && socket.is_listener().unwrap_or_default();
     if !is_listener {
         let remedy = "(in the socket unit, set ListenStream=, and not Accept=yes)";
         return Err(format!("descriptor {number} is not a listening TCP or Unix socket {remedy}"));
     }
-    if socket.domain().is_ok_and(|domain| domain != Domain::UNIX) {
+    if domain != Domain::UNIX {
         set_tcp_options(&socket);
     }
     socket.set_nonblocking(true).and_then(|()| Listener::new(socket, name, false)).map_err(io_error)
@@ -87,23 +86,19 @@ fn take(number: RawFd, name: &str) -> Result<Listener, String> {
 /// Returns the name of each socket.
 fn names(count: usize) -> Result<Vec<String>, String> {
     let Some(names) = variable("LISTEN_FDNAMES")? else { return Ok(vec![String::new(); count]) };
-    let names: Vec<String> = names.split(':').map(Into::into).collect();
-    match names.len() {
-        found if found == count => Ok(names),
+    match names.split(':').count() {
+        found if found == count => Ok(names.split(':').map(Into::into).collect()),
         found => Err(format!("LISTEN_FDNAMES: expected {count} names, as in LISTEN_FDS, found {found}")),
     }
 }
 
 /// Returns the value of an environment variable.
-pub(super) fn number<T: FromStr<Err: fmt::Display>>(name: &str) -> Result<Option<T>, String> {
+pub(super) fn number<T: FromStr>(name: &str) -> Result<Option<T>, String> {
     let parse = |text: String| text.parse().map_err(|_| format!("{name}: expected a number, found {text:?}"));
     variable(name)?.map(parse).transpose()
 }
 
 fn variable(name: &str) -> Result<Option<String>, String> {
-    match std::env::var(name) {
-        Ok(text) => Ok(Some(text)),
-        Err(VarError::NotPresent) => Ok(None),
-        Err(VarError::NotUnicode(_)) => Err(format!("{name}: not UTF-8")),
-    }
+    let text = std::env::var_os(name).map(OsString::into_string).transpose();
+    text.map_err(|_| format!("{name}: not UTF-8"))
 }

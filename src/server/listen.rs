@@ -39,12 +39,10 @@ impl FromStr for ListenAddr {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Some(path) = text.strip_prefix("unix:") {
-            return if path.is_empty() {
-                Err("requires a path, as in unix:/run/s5.sock".into())
-            } else {
-                Ok(Self::Unix(path.into()))
-            };
+        match text.strip_prefix("unix:") {
+            Some("") => return Err("requires a path, as in unix:/run/s5.sock".into()),
+            Some(path) => return Ok(Self::Unix(path.into())),
+            None => {}
         }
         let parsed = match text.strip_prefix("*:") {
             Some(port) => parse_port(port, false).map(Self::Wildcard),
@@ -86,13 +84,8 @@ impl fmt::Display for ListenAddr {
 }
 
 impl ListenAddr {
-    /// Returns the TCP addresses. A name that can't be resolved has none.
-    pub fn addrs(&self) -> Vec<SocketAddr> {
-        self.resolve().unwrap_or_default()
-    }
-
     /// Returns the TCP addresses before they are bound.
-    pub(super) fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
+    pub fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
         let both_families = |v4: Ipv4Addr, v6: Ipv6Addr, port| vec![(v4, port).into(), (v6, port).into()];
         Ok(match self {
             Self::Host(Addr { host: Host::Ip(ip), port }) => vec![(*ip, *port).into()],

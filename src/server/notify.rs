@@ -38,7 +38,7 @@ pub(super) struct Notifier {
     /// Set when a report has failed, which is logged once.
     has_failed: Cell<bool>,
     /// Time between two reports to the watchdog, if it is enabled.
-    watchdog: Option<Duration>,
+    pub(super) watchdog: Option<Duration>,
     is_draining: Cell<bool>,
     is_replaced: Cell<bool>,
     last_status: RefCell<String>,
@@ -80,11 +80,6 @@ impl Notifier {
     pub(super) fn replaced_by(&self, pid: u32) {
         self.send(&format!("MAINPID={pid}"));
         self.is_replaced.set(true);
-    }
-
-    /// Returns true if the service manager has enabled the watchdog.
-    pub(super) fn has_watchdog(&self) -> bool {
-        self.watchdog.is_some()
     }
 
     /// Reports the number of sessions and feeds the watchdog.

@@ -234,12 +234,8 @@ impl Session {
     /// Returns why a PROXY header is refused here.
     fn header_error(&self) -> &'static str {
         match self.log.is_forwarded() || self.server().options.is_balancer(self.log.client()) {
-            true => {
-                "second PROXY header, which the load balancer passes on (if its client is one too, let it accept this)"
-            }
-            false => {
-                "PROXY header, but not from an address of --proxy-protocol-from (if it is your load balancer, add it there)"
-            }
+            true => "second PROXY header, passed on by the load balancer (if its client is one, let it accept this)",
+            false => "PROXY header, but not from --proxy-protocol-from (if it is your load balancer, add its address)",
         }
     }
 

@@ -88,11 +88,12 @@ pub(super) fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, Ser
 
 /// Binds the addresses of an option.
 fn bind_all<'a>(addrs: impl IntoIterator<Item = &'a ListenAddr>, option: &str) -> Result<Vec<Listener>, ServerError> {
-    let mut listeners = Vec::new();
-    for listen in addrs {
-        listeners.extend(listen.bind().map_err(|(addr, error)| listen_error(addr, error, option))?);
-    }
-    Ok(listeners)
+    let bind = |listen: &ListenAddr| listen.bind().map_err(|(addr, error)| listen_error(addr, error, option));
+    addrs
+        .into_iter()
+        .map(bind)
+        .collect::<Result<Vec<_>, _>>()
+        .map(|listeners| listeners.into_iter().flatten().collect())
 }
 
 fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerError {
@@ -108,8 +109,7 @@ fn resolve_free(listen: &ListenAddr, option: &str, others: &[SocketAddr]) -> Res
         let is_same = |other: &SocketAddr| addr.is_ipv4() == other.is_ipv4() && addr.port() == other.port();
         addr.port() != 0 && others.iter().any(|other| *addr == other || is_same(other) && is_any(other))
     });
-    in_use.map_or(Ok(()), |addr| Err(listen_error(addr, Errno::ADDRINUSE.into(), option)))?;
-    Ok(addrs)
+    in_use.map_or(Ok(addrs.clone()), |addr| Err(listen_error(addr, Errno::ADDRINUSE.into(), option)))
 }
 
 /// Opens the sockets for metrics.

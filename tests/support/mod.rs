@@ -6,6 +6,7 @@
 pub mod bytes;
 mod connections;
 pub mod dns;
+mod load;
 pub mod login;
 pub mod programs;
 pub mod realm;
@@ -32,6 +33,7 @@ pub use std::{fs, thread};
 pub use tempfile::TempDir;
 
 pub use connections::*;
+pub use load::*;
 pub use login::*;
 pub use programs::*;
 pub use scripted::*;

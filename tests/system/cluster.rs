@@ -6,12 +6,10 @@ mod lab;
 mod manifest;
 mod recipes;
 
+use crate::is_open;
 use crate::support::*;
-use clients::{Load, connect, request_from, tunnel_from};
+use clients::{connect, request_from, run_load, tunnel_from};
 use lab::{BEHIND_HAPROXY, CHECK_LIMIT, HOSTS, Lab, NODES, SOURCE, TARGET, lab, on, open_lab, set_link};
-
-/// Sessions per second of the load.
-const RATE: u32 = 300;
 
 /// Fails if HAProxy does not send the address of the client, or if the node does not use it.
 #[test]
@@ -94,7 +92,7 @@ fn killed_node_loses_only_its_own_tunnels() {
     let mut lab = open_lab!(&NODES, "");
     let mut tunnels: Vec<TcpStream> = (0..9).map(|_| tunnel_from("client2")).collect();
     let mut is_down = Instant::now();
-    let (_, errors) = Load::run(RATE, |load| {
+    let errors = run_load(|load| {
         load.wait(100);
         lab.nodes.remove("node1");
         lab.wait_state("node1", "DOWN");
@@ -114,7 +112,7 @@ fn unreachable_node_gets_no_new_sessions() {
     let lab = open_lab!(&NODES, "");
     set_link("node1", "down");
     lab.wait_state("node1", "DOWN");
-    let (_, errors) = Load::run(RATE, |load| load.wait(300));
+    let errors = run_load(|load| load.wait(300));
     assert!(errors.is_empty(), "{errors:#?}");
     set_link("node1", "up");
     lab.wait_state("node1", "UP");
@@ -128,7 +126,7 @@ fn unreachable_node_gets_no_new_sessions() {
 fn new_node_receives_a_third_of_the_new_sessions() {
     let mut lab = open_lab!(&NODES[..2], "");
     lab.wait_state("node3", "DOWN");
-    let (_, errors) = Load::run(RATE, |load| {
+    let errors = run_load(|load| {
         lab.start_node("node3");
         lab.wait_state("node3", "UP");
         let before = lab.total_sessions();
@@ -147,7 +145,7 @@ fn new_node_receives_a_third_of_the_new_sessions() {
 fn haproxy_reload_keeps_tunnels() {
     let lab = open_lab!(&NODES, "");
     let mut tunnels: Vec<TcpStream> = (0..3).map(|_| tunnel_from("client2")).collect();
-    let (_, errors) = Load::run(RATE, |load| {
+    let errors = run_load(|load| {
         lab.reload_haproxy();
         load.wait(300);
     });
@@ -167,9 +165,4 @@ fn is_refused(client: &str) -> bool {
     stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     let _ = stream.write_all(&[5, 1, 0]);
     !matches!(stream.read(&mut [0; 2]), Ok(1..))
-}
-
-/// Returns true if a tunnel to the target still works.
-fn is_open(tunnel: &mut TcpStream) -> bool {
-    tunnel.write_all(b"x").is_ok() && tunnel.read_exact(&mut [0]).is_ok()
 }

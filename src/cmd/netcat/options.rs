@@ -8,7 +8,7 @@ use argh::{ArgsInfo, FromArgs};
 
 use crate::cmd::cli::syntax::{OPTIONAL_VALUE, Syntax};
 use crate::net::DialError;
-use crate::proto::{Addr, Host, Method, ProtectionLevel};
+use crate::proto::{Addr, Host, HostName, Method, ProtectionLevel};
 use crate::server::ListenAddr;
 use crate::values::{
     parse_choice, parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout, parse_udp_relay,
@@ -281,26 +281,20 @@ fn parse_count(text: &str) -> Result<u64, String> {
 
 /// Parses the address of `-l`: without an IP address, it is 127.0.0.1.
 fn parse_listen(text: &str) -> Result<SocketAddr, String> {
-    if let Some(port) = text.strip_prefix(':').filter(|port| port.parse::<u16>().is_ok()) {
-        return Err(format!("expected [ADDR:]PORT (write *:{port} for all addresses, or {port} for loopback)"));
-    }
-    match text.parse() {
-        Ok(ListenAddr::Host(Addr { host: Host::Name(name), .. }))
-            if name.as_str() != "localhost" && !name.is_zoned_address() => {}
-        Err(_) | Ok(ListenAddr::Unix(_)) => {}
+    let is_other = |name: &HostName| name.as_str() != "localhost" && !name.is_zoned_address();
+    let hint = match text.parse() {
+        Ok(ListenAddr::Unix(_)) => None,
+        Ok(ListenAddr::Host(Addr { host: Host::Name(name), .. })) if is_other(&name) => None,
         Ok(listen) => {
             // If there are addresses of both families, the IPv4 address.
-            let addr = listen.addrs().into_iter().min_by_key(SocketAddr::is_ipv6);
+            let addr = listen.resolve().ok().and_then(|addrs| addrs.into_iter().min_by_key(SocketAddr::is_ipv6));
             return addr.ok_or_else(|| DialError::NoInterface.to_string());
         }
-    }
-    let own = match text.parse() {
-        Ok(Host::Ip(IpAddr::V6(ip))) => format!("write [{ip}]:PORT"),
-        Ok(Host::Ip(IpAddr::V4(_))) => format!("write {text}:PORT"),
-        _ if text == "localhost" => "write localhost:PORT".into(),
-        _ => "-l takes a value: write other options before it".into(),
+        Err(_) if matches!(text.parse(), Ok(Host::Name(name)) if is_other(&name)) => None,
+        Err(error) => error.find(" (").and_then(|start| error.get(start..).map(str::to_owned)),
     };
-    Err(format!("expected [ADDR:]PORT ({own})"))
+    let hint = hint.as_deref().unwrap_or(" (-l takes a value: write other options before it)");
+    Err(format!("expected [ADDR:]PORT{hint}"))
 }
 
 impl ClientArgs {

@@ -25,7 +25,7 @@ pub(super) fn show(policy: &Policy, options: &Options) -> CliResult {
             add(&rule.text(), &rule.origin());
             continue;
         }
-        let own_listeners = options.listen.iter().chain(&options.metrics).flat_map(ListenAddr::addrs);
+        let own_listeners = options.listen.iter().chain(&options.metrics).flat_map(ListenAddr::resolve).flatten();
         let rule_text = |addr: SocketAddr| match addr.ip().is_unspecified() {
             true => format!("deny to=(any address of this host) port={}", addr.port()),
             false => format!("deny to={} port={}", addr.ip(), addr.port()),
@@ -40,7 +40,8 @@ pub(super) fn show(policy: &Policy, options: &Options) -> CliResult {
 
 /// Prints the deciding rule for the name and for each address. Fails with status 1 if the request is denied.
 pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> CliResult {
-    policy.listen_addrs = options.listen.iter().chain(&options.metrics).flat_map(ListenAddr::addrs).collect();
+    policy.listen_addrs =
+        options.listen.iter().chain(&options.metrics).flat_map(ListenAddr::resolve).flatten().collect();
     let query =
         ExplainedRequest::parse(request, &policy).map_err(|error| CliError::usage(format!("--explain: {error}")))?;
     let mut explanation = Explanation { policy: &policy, options, query: &query, text: format!("request {query}\n") };

@@ -84,11 +84,11 @@ impl HopSources {
         let mut hops = self.hops.clone();
         if self.takes_passwords && !hops.is_empty() {
             let logins = self.read_logins()?;
-            for (name, chain) in
-                hops.iter_mut().flat_map(|(name, chains)| chains.iter_mut().map(|chain| (&*name, chain)))
-            {
-                assign_logins(chain, &logins, None, no_password)
-                    .map_err(|error| CliError { message: format!("{}: {}", option(name), error.message), ..error })?;
+            for (name, chains) in &mut hops {
+                let named =
+                    |error: CliError| CliError { message: format!("{}: {}", option(name), error.message), ..error };
+                let mut chains = chains.iter_mut();
+                chains.try_for_each(|chain| assign_logins(chain, &logins, None, no_password)).map_err(named)?;
             }
         }
         Ok(hops.into_iter().map(|(_, chains)| chains).collect())
@@ -115,6 +115,5 @@ fn option(name: &str) -> String {
 
 fn no_password(proxy: &Proxy, uname: &[u8]) -> CliResult<Vec<u8>> {
     let user = String::from_utf8_lossy(uname);
-    let remedy = "use --proxy-auth-file or S5_PROXY_AUTH";
-    Err(CliError::usage(format!("proxy {proxy}: no password for {user} ({remedy})")))
+    Err(CliError::usage(format!("proxy {proxy}: no password for {user} (use --proxy-auth-file or S5_PROXY_AUTH)")))
 }

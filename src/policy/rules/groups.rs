@@ -134,9 +134,9 @@ impl Groups {
 }
 
 /// A search for the rules that match a request, or may match it.
-pub(super) struct Search<'a> {
-    pub(super) groups: &'a Groups,
-    pub(super) rules: &'a [Rule],
+pub(super) struct Search<'a, 'r> {
+    pub(super) groups: &'r Groups,
+    pub(super) rules: &'r [Rule],
     pub(super) request: &'a AccessRequest<'a>,
     /// Matches the target of a rule without `to=`.
     pub(super) match_target: &'a dyn Fn(&Rule) -> Match,
@@ -144,9 +144,9 @@ pub(super) struct Search<'a> {
     pub(super) only_first: bool,
 }
 
-impl Search<'_> {
+impl<'r> Search<'_, 'r> {
     /// Calls `found` for the first rules that match or may match, and others, in any order, some of them repeatedly.
-    pub(super) fn run(&self, found: &mut dyn FnMut(usize, Match)) {
+    pub(super) fn run(&self, found: &mut dyn FnMut(usize, &'r Rule, Match)) {
         if self.rules.is_empty() {
             return;
         }
@@ -168,7 +168,7 @@ impl Search<'_> {
     }
 
     /// Visits the groups of all users, because the user is not known yet.
-    fn visit_all_users(&self, name: Option<&str>, found: &mut dyn FnMut(usize, Match)) {
+    fn visit_all_users(&self, name: Option<&str>, found: &mut dyn FnMut(usize, &'r Rule, Match)) {
         for groups in &self.groups.with_users {
             let mut first_found = usize::MAX;
             for id in groups {
@@ -176,11 +176,11 @@ impl Search<'_> {
                 if self.only_first && first > first_found {
                     break;
                 }
-                let mut found = |index: usize, matches| {
+                let mut found = |index: usize, rule, matches| {
                     if matches > Match::No {
                         first_found = first_found.min(index);
                     }
-                    found(index, matches);
+                    found(index, rule, matches);
                 };
                 self.visit_group(*id, &mut found);
                 self.visit_targets(*id, name, &mut found);
@@ -189,7 +189,7 @@ impl Search<'_> {
     }
 
     /// Reports the rules of a group that match every target, or any target that is not known yet.
-    fn visit_group(&self, id: u32, found: &mut dyn FnMut(usize, Match)) {
+    fn visit_group(&self, id: u32, found: &mut dyn FnMut(usize, &'r Rule, Match)) {
         let Some(group) = self.groups.groups.get(to_index(id)) else { return };
         let undecided = match (self.request.target_ip, self.request.target_name) {
             (None, None) => group.first_listed,
@@ -204,17 +204,16 @@ impl Search<'_> {
         if matches == Match::No {
             return;
         }
-        if let Some(index) = group.first_without_to
-            && let Some(rule) = self.rules.get(index)
-        {
-            found(index, matches.min((self.match_target)(rule)));
+        let rule = |index: usize| Some((index, self.rules.get(index)?));
+        if let Some((index, rule)) = group.first_without_to.and_then(rule) {
+            found(index, rule, matches.min((self.match_target)(rule)));
         }
-        if let Some(index) = undecided {
-            found(index, Match::Maybe);
+        if let Some((index, rule)) = undecided.and_then(rule) {
+            found(index, rule, Match::Maybe);
         }
     }
 
-    fn visit_targets(&self, space: u32, name: Option<&str>, found: &mut dyn FnMut(usize, Match)) {
+    fn visit_targets(&self, space: u32, name: Option<&str>, found: &mut dyn FnMut(usize, &'r Rule, Match)) {
         let by_target = &self.groups.by_target;
         let named = name.into_iter().flat_map(|name| by_target.find_domains(space, name));
         let addrs = self.request.target_ip.into_iter().flat_map(embedded_addrs);
@@ -223,7 +222,7 @@ impl Search<'_> {
             let Some(rule) = self.rules.get(index) else { continue };
             let pattern = parse_target(rule.target_at(target.offset));
             let is_listed = pattern.map_or(Match::No, |pattern| pattern.matches(rule.conditions.allow, self.request));
-            found(index, is_listed.min(rule.conditions.matches(self.request)));
+            found(index, rule, is_listed.min(rule.conditions.matches(self.request)));
         }
     }
 }

@@ -244,7 +244,13 @@ fn parse_route(text: &str, hops: &[String]) -> Result<Option<usize>, String> {
 /// Parses source addresses.
 fn parse_outbound(text: &str) -> Result<[Option<IpAddr>; 2], String> {
     let ips = parse_list(text, |ip| ip.parse::<IpAddr>().map_err(|_| format!("expected an IP address, found {ip:?}")))?;
+    one_per_family(&ips)
+}
+
+/// Returns addresses of which at most one is of each family.
+pub fn one_per_family(ips: &[IpAddr]) -> Result<[Option<IpAddr>; 2], String> {
     match *ips {
+        [] => Ok([None, None]),
         [ip] => Ok([Some(ip), None]),
         [first, second] if first.is_ipv4() != second.is_ipv4() => Ok([Some(first), Some(second)]),
         _ => Err("at most one IPv4 and one IPv6 address".into()),

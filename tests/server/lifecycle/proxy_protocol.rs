@@ -126,7 +126,7 @@ fn proxy_header_of_other_addresses_is_refused_with_the_remedy() {
         stream.write_all(&[header(addr("192.0.2.7:4000")), GREETING.into()].concat()).expect("header sent");
         let _ = stream.read_to_end(&mut Vec::new());
         let log = server.wait_log(|log| session_lines(log).len() > number);
-        let error = "PROXY header, but not from an address of --proxy-protocol-from (if it is your load balancer, add it there)";
+        let error = "PROXY header, but not from --proxy-protocol-from (if it is your load balancer, add its address)";
         assert!(session_lines(&log)[number].contains(error), "{log}");
         assert!(session_lines(&log)[number].contains("from=127.0.0.1:"), "{log}");
     }
@@ -158,7 +158,7 @@ fn second_proxy_header_is_refused_as_one_that_the_balancer_passes_on() {
         stream.write_all(&[first, v1(addr("192.0.2.8:1")), GREETING.into()].concat()).expect("headers sent");
         let _ = stream.read_to_end(&mut Vec::new());
         let log = server.wait_log(|log| session_lines(log).len() > number);
-        let error = "error=\"second PROXY header, which the load balancer passes on (if its client is one too, let it";
+        let error = "error=\"second PROXY header, passed on by the load balancer (if its client is one, let it";
         assert!(session_lines(&log)[number].contains(error), "{log}");
     }
 }

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT: new connections are refused, open sessions are drained, a second signal ends the drain. Also:
+//! SIGTERM, SIGINT and SIGQUIT: new connections are refused, open sessions are drained, a second signal ends the drain. Also:
 //! the server keeps running if the reader of its log closes the pipe.
 
 use crate::*;
@@ -57,6 +57,19 @@ fn drain_timeout_resets_the_remaining_tunnels() {
         let is_cut = |line: &&str| line.contains(" up=9 ") && line.ends_with(" error=\"cut at shutdown\"");
         assert!(session_lines(&log).iter().all(is_cut), "{log}");
         assert!(log.contains("drain time over, closing the remaining sessions"), "{log}");
+    }
+}
+
+#[test]
+fn sigquit_drains_for_two_seconds_at_most() {
+    for (option, time) in [("60", "2s"), ("300ms", "300ms")] {
+        let mut server = Server::start(&["--drain-timeout", option]);
+        let mut tunnel = connect_to(&server, echo_server());
+        server.signal("QUIT");
+        server.wait_log(|log| log.contains(&format!("draining sessions for up to {time}\n")));
+        ping(&mut tunnel, b"draining");
+        assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+        assert_eq!(stream_end(&mut tunnel), StreamEnd::Reset);
     }
 }
 

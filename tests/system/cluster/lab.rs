@@ -1,11 +1,7 @@
 //! The lab: three clients, HAProxy, three nodes and a target, each with its own network namespace. The namespace of the
 //! test is the router between the networks of the clients, of the servers and of the targets.
 
-use std::fs::File;
-use std::os::fd::AsFd as _;
-
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-
+use crate::in_network;
 use crate::support::bytes::poll_until;
 use crate::support::realm::Realm;
 use crate::support::*;
@@ -51,17 +47,9 @@ macro_rules! open_lab {
 }
 pub(super) use open_lab;
 
-/// Runs `work` on a thread in the network of a host. Sockets, threads and programs that it starts stay there.
+/// Runs `work` on a thread in the network of a host.
 pub fn on<T: Send>(host: &str, work: impl FnOnce() -> T + Send) -> T {
-    thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            let namespace = File::open(format!("/run/netns/{host}")).expect("a host of the lab");
-            let network = Some(LinkNameSpaceType::Network);
-            move_into_link_name_space(namespace.as_fd(), network).expect("entered the network of the host");
-            work()
-        });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    in_network(&format!("/run/netns/{host}"), work)
 }
 
 /// Number of the last byte of the addresses of a node.

@@ -1,7 +1,7 @@
 //! The commands of src/dist/README.md, which run unchanged on the host of the operator. `ssh` and `systemctl` are
 //! scripts there: they run a command on a node of the lab, and send signals to s5.
 
-use super::clients::{Load, login_tunnel_from, tunnel_from};
+use super::clients::{login_tunnel_from, run_load, tunnel_from};
 use super::*;
 use crate::support::realm::{self, REALM, Realm};
 
@@ -100,7 +100,7 @@ fn drained_node_loses_nothing() {
     let mut lab = open_lab!(&NODES, "--drain-timeout 1m");
     let operator = Operator::new(&lab);
     let mut tunnels: Vec<TcpStream> = (0..3).map(|_| tunnel_from("client2")).collect();
-    let (_, errors) = Load::run(RATE, |load| {
+    let errors = run_load(|load| {
         load.wait(100);
         stdout(&mut operator.shell(block("echo 'set server")), b"");
         // /readyz has the status 503.
@@ -122,7 +122,7 @@ fn rolling_restart_under_load_loses_nothing() {
     let operator = Operator::new(&lab);
     let mut tunnels: Vec<TcpStream> = (0..3).map(|_| tunnel_from("client2")).collect();
     let mut successors = Vec::new();
-    let (_, errors) = Load::run(RATE, |load| {
+    let errors = run_load(|load| {
         load.wait(200);
         stdout(&mut operator.shell(block("for node")), b"");
         successors.extend(lab.nodes.values().map(Successor::after_signal));
@@ -162,4 +162,24 @@ fn kerberos_needs_one_key_for_all_nodes() {
     for node in lab.nodes.values() {
         node.wait_log(|log| session_lines(log).iter().any(|line| line.contains(&format!("user=\"alice@{REALM}\""))));
     }
+}
+
+/// Fails if the rules of the page admit other hosts, or stop the checks of HAProxy.
+#[test]
+#[ignore = "make test-system"]
+fn firewall_restricts_metrics_to_the_balancer() {
+    if !is_installed("nft") {
+        return;
+    }
+    let lab = open_lab!(&NODES, "");
+    let rules = PAGE.split("```nft\n").nth(1).and_then(|rest| rest.split("```").next()).expect("rules");
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    on("node1", || stdout(Command::new("nft").args(["-f", "-"]).env("PATH", path), rules.as_bytes()));
+    let limit = Duration::from_millis(500);
+    let reaches = |host: &str| on(host, || TcpStream::connect_timeout(&addr("10.2.0.21:9080"), limit).is_ok());
+    assert_eq!(["balancer", "node1", "node2", "client1"].map(reaches), [true, true, false, false]);
+    // Each node gets a session.
+    (0..3).for_each(|_| drop(tunnel_from("client1")));
+    lab.node("node1").wait_log(|log| ended_sessions(log) > 0);
+    assert_eq!(lab.stat("node1", "chkdown"), "0");
 }
