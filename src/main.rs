@@ -17,11 +17,11 @@ fn main() -> ExitCode {
         return CliError::usage("the command line is not UTF-8").print();
     };
     if args.get(1).is_some_and(|arg| arg == cmd::RESTART_HELPER) {
-        if socket_type(std::io::stdin()).is_err() {
-            return CliError::usage("only s5 itself runs restart-helper (see s5 --help)").print();
-        }
-        // It has nothing to report to but the server, which is gone then.
-        return ExitCode::from(u8::from(cmd::run_restart_helper().is_err()));
+        return match socket_type(std::io::stdin()) {
+            // It has nothing to report to but the server, which is gone then.
+            Ok(_) => ExitCode::from(u8::from(cmd::run_restart_helper().is_err())),
+            Err(_) => CliError::usage("only s5 itself runs restart-helper (see s5 --help)").print(),
+        };
     }
     let mode = match cmd::parse(&args) {
         Ok(Action::Run(mode)) => mode,

@@ -60,10 +60,9 @@ impl FromStr for Proxy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        let is_supported = |scheme: &str| ["socks5h", "socks5", "socks"].contains(&&*scheme.to_ascii_lowercase());
         let without_scheme = match text.split_once("://") {
-            Some((scheme, rest)) if ["socks5h", "socks5", "socks"].contains(&scheme.to_ascii_lowercase().as_str()) => {
-                rest
-            }
+            Some((scheme, rest)) if is_supported(scheme) => rest,
             // Other text is not printed: it may be part of a password.
             Some((scheme, _)) if scheme.chars().all(|c| c.is_ascii_alphanumeric()) => {
                 return Err(format!("{scheme}:// is not supported (use socks5h://HOST:PORT)"));
@@ -74,8 +73,8 @@ impl FromStr for Proxy {
             without_scheme.rsplit_once('@').map_or((None, without_scheme), |(user, address)| (Some(user), address));
         let decode = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
         let (uname, credentials) = match userinfo.map(|userinfo| (userinfo, userinfo.split_once(':'))) {
-            Some((_, Some((uname, passwd)))) => {
-                (None, Some(Credentials { uname: decode(uname), passwd: decode(passwd) }))
+            Some((_, Some((user, passwd)))) => {
+                (None, Some(Credentials { uname: decode(user), passwd: decode(passwd) }))
             }
             Some((uname, None)) => (Some(decode(uname)), None),
             None => (None, None),
@@ -88,14 +87,12 @@ impl FromStr for Proxy {
         };
         let address = address.trim_end_matches('/');
         let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
-            _ if address.contains('?') => {
-                return Err(format!("the URL of a proxy has no parameters but {CLIENT_LOGIN}"));
-            }
+            _ if address.contains('?') => return Err(format!("a proxy URL has no parameters but {CLIENT_LOGIN}")),
             (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
             (Some(path), _) => Endpoint::Unix(path.into()),
             (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
             _ if address.contains('/') => {
-                return Err("the URL of a proxy has no path (write unix:/PATH for a Unix socket)".into());
+                return Err("a proxy URL has no path (write unix:/PATH for a Unix socket)".into());
             }
             _ => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
         };
@@ -117,7 +114,10 @@ fn decode_zone(address: &str) -> Cow<'_, str> {
 
 /// Parses a comma-separated list of proxies, nearest first. Error messages do not contain credentials.
 pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
-    let parse = |hop: &str| hop.trim().parse();
+    let parse = |hop: &str| match hop.trim() {
+        "" => Err("empty URL before or after , or |".into()),
+        hop => hop.parse(),
+    };
     let hops = text.split(',').map(parse).collect::<Result<Vec<Proxy>, String>>().map_err(|error| {
         // Quoted text may be a password, or a part of one.
         let hint = "expected [socks5h://][user:password@]host[:port] or unix:/path; in user and password, write \

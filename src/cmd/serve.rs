@@ -106,6 +106,10 @@ fn options(mut args: ServeArgs, sources: &PolicySources, policy: &Policy) -> Cli
     let one_per_family = |option: &str, ips: &[IpAddr]| {
         rules::one_per_family(ips).map_err(|error| CliError::usage(format!("{option}: {error}")))
     };
+    let is_unused = args.allow_remote_metrics && args.metrics.is_none();
+    CliError::usage_if(is_unused, "--allow-remote-metrics requires --metrics ADDR")?;
+    let is_no_file = args.access_log.as_ref().is_some_and(|path| matches!(path.to_str(), Some("" | "-")));
+    CliError::usage_if(is_no_file, "--access-log: \"\" and \"-\" are not files (omit the option to log to stderr)")?;
     one_per_family("--advertise", &args.advertise)?;
     for (option, own) in [("--advertise-bind", &mut args.advertise_bind), ("--advertise-udp", &mut args.advertise_udp)]
     {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::client::{parse_addr, parse_port};
@@ -134,8 +135,11 @@ fn bind_all(addrs: &[SocketAddr]) -> Result<Vec<Listener>, (String, io::Error)> 
         let bound = listen_tcp(addr, true, LISTEN_BACKLOG, |_| Ok(()));
         match bound.and_then(|socket| Listener::new(socket.into(), "", false)) {
             Ok(listener) => listeners.push(listener),
-            Err(error) if is_family_unavailable(&error) => unavailable = (addr.to_string(), error),
-            Err(error) => return Err((addr.to_string(), error)),
+            Err(error) => match Errno::from_io_error(&error) {
+                // This machine does not have the family.
+                Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => unavailable = (addr.to_string(), error),
+                _ => return Err((addr.to_string(), error)),
+            },
         }
     }
     if listeners.is_empty() { Err(unavailable) } else { Ok(listeners) }
@@ -159,12 +163,6 @@ pub(super) fn listen_tcp(
     set_tcp_options(&socket);
     socket.listen(backlog)?;
     Ok(socket.into())
-}
-
-fn is_family_unavailable(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
-    matches!(errno, Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL))
 }
 
 fn bind_unix(path: &Path) -> io::Result<Listener> {

@@ -96,9 +96,6 @@ impl From<Denial<'_>> for SessionError {
 /// Maps errors of a direct connection to REP (RFC 1928 section 6).
 fn rep_for(error: DialError, is_name: bool) -> Rep {
     match error {
-        DialError::LocalResources | DialError::LocalAddr(_) | DialError::OutboundInterface | DialError::Resolver => {
-            Rep::GENERAL_FAILURE
-        }
         DialError::Denied => Rep::NOT_ALLOWED,
         DialError::NetworkUnreachable | DialError::ZoneRequired => Rep::NETWORK_UNREACHABLE,
         DialError::HostUnreachable | DialError::NameNotFound | DialError::NoInterface => Rep::HOST_UNREACHABLE,
@@ -107,6 +104,7 @@ fn rep_for(error: DialError, is_name: bool) -> Rep {
         // The client chose the family of an address, but not of a name.
         DialError::FamilyUnavailable if is_name => Rep::HOST_UNREACHABLE,
         DialError::FamilyUnavailable => Rep::ATYP_NOT_SUPPORTED,
+        _ => Rep::GENERAL_FAILURE,
     }
 }
 

@@ -62,7 +62,7 @@ pub(super) fn prepare(
     policy.listen_addrs = addrs;
     policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
     let error = check_open_relay(policy, options).or_else(|| check_proxy_loop(policy, options));
-    let error = error.or_else(|| check_metrics(policy, options)).or_else(|| check_access_log(options));
+    let error = error.or_else(|| check_metrics(policy, options));
     warn_of_balancers(options);
     let ServeArgs { outbound_interface, mark, prefer, .. } = &options.args;
     OutboundOptions { interface: outbound_interface.clone(), mark: *mark, prefers_ipv4: *prefer }.set_for_process();
@@ -104,12 +104,15 @@ fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerErr
 /// Returns the addresses to bind. Fails as bind(2) does if one of `others` has the same port.
 fn resolve_free(listen: &ListenAddr, option: &str, others: &[SocketAddr]) -> Result<Vec<SocketAddr>, ServerError> {
     let addrs = listen.resolve().map_err(|error| listen_error(listen, error, option))?;
-    let in_use = addrs.iter().find(|addr| {
+    let is_used = |addr: &&SocketAddr| {
         let is_any = |other: &SocketAddr| addr.ip().is_unspecified() || other.ip().is_unspecified();
         let is_same = |other: &SocketAddr| addr.is_ipv4() == other.is_ipv4() && addr.port() == other.port();
         addr.port() != 0 && others.iter().any(|other| *addr == other || is_same(other) && is_any(other))
-    });
-    in_use.map_or(Ok(addrs.clone()), |addr| Err(listen_error(addr, Errno::ADDRINUSE.into(), option)))
+    };
+    match addrs.iter().find(is_used) {
+        Some(addr) => Err(listen_error(addr, Errno::ADDRINUSE.into(), option)),
+        None => Ok(addrs),
+    }
 }
 
 /// Opens the sockets for metrics.
@@ -129,14 +132,11 @@ pub(super) fn ipv6_only(addrs: &[SocketAddr]) -> impl Iterator<Item = &SocketAdd
 /// Returns an error with remedies if the server would be an open relay, unless the options allow that.
 pub(super) fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
     let remote = policy.listen_addrs.iter().find(|addr| !addr.ip().is_loopback());
-    let behind_balancer = || {
-        let has_balancer = options.proxy_protocol_from.is_some();
-        has_balancer.then(|| "serve the clients of --proxy-protocol-from".to_owned())
-    };
+    let behind_balancer =
+        || options.proxy_protocol_from.as_ref().map(|_| "serve the clients of --proxy-protocol-from".to_owned());
     let what = remote.map(|addr| format!("listen on {addr}")).or_else(behind_balancer)?;
     (policy.is_open_relay() && !options.allow_open_relay).then(|| {
-        let has_from = policy.rules.has_from_condition();
-        let clients = if has_from { " for clients that match no from= rule" } else { "" };
+        let clients = if policy.rules.has_from_condition() { " for clients that match no from= rule" } else { "" };
         format!(
             "refusing to {what} without access control{clients}: \
              use --users FILE, or --allow from=CIDR, or --allow-open-relay to run an open relay"
@@ -164,20 +164,11 @@ pub(super) fn check_outbound(policy: &Policy, options: &Options) -> Option<Strin
 
 /// Returns an error with remedies if other hosts can reach the metrics, unless the options allow that.
 fn check_metrics(policy: &Policy, options: &Options) -> Option<String> {
-    if options.allow_remote_metrics && options.metrics.is_none() {
-        return Some("--allow-remote-metrics requires --metrics ADDR".into());
-    }
     let addr = policy.metrics_addrs.iter().find(|addr| !addr.ip().is_loopback() && !options.allow_remote_metrics)?;
     Some(format!(
         "refusing to serve metrics on {addr}, where other hosts can read them: \
          use a loopback address or unix:PATH, or --allow-remote-metrics"
     ))
-}
-
-/// Returns an error if the access log cannot be meant as a file.
-fn check_access_log(options: &Options) -> Option<String> {
-    let path = options.access_log.as_ref()?.path.to_str().filter(|path| ["", "-"].contains(path))?;
-    Some(format!("--access-log {path:?}: expected a file (omit the option to log to stderr)"))
 }
 
 /// Logs a warning for each balancer that stands for all clients.

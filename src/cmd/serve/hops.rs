@@ -34,8 +34,7 @@ impl HopSources {
             let (name, url) = text.split_once('=').ok_or_else(|| CliError::usage("--hop: expected NAME=URL"))?;
             // The name may be part of a URL with a password, so it is not printed.
             let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
-            let problem = "--hop: expected NAME=URL; a name consists of letters, digits, \"-\", \"_\" and \".\", and is \
-                           not \"direct\"";
+            let problem = "--hop: expected NAME=URL; NAME has letters, digits, -, _ and ., and is not \"direct\"";
             CliError::usage_if(!is_name || name == "direct", problem)?;
             let is_duplicate = sources.hops.iter().any(|(other, _)| other == name);
             CliError::usage_if(is_duplicate, format!("--hop: duplicate name {name:?}"))?;
@@ -50,11 +49,7 @@ impl HopSources {
     }
 
     fn add(&mut self, name: &str, url: &str) -> CliResult {
-        let parse = |chain: &str| match chain.trim() {
-            "" if url.contains('|') => Err("empty URL before or after |".into()),
-            _ => parse_hops(chain),
-        };
-        let chains = url.split('|').map(parse).collect::<Result<_, _>>();
+        let chains = url.split('|').map(parse_hops).collect::<Result<_, _>>();
         self.hops.push((name.into(), chains.map_err(|error| CliError::usage(format!("{}: {error}", option(name))))?));
         Ok(())
     }

@@ -167,8 +167,8 @@ fn lost(log: &str) -> usize {
 #[test]
 fn path_that_cannot_be_a_log_is_an_error_with_its_own_remedy() {
     let table = [
-        (2, "", "--access-log \"\": expected a file (omit the option to log to stderr)"),
-        (2, "-", "--access-log \"-\": expected a file (omit the option to log to stderr)"),
+        (2, "", "--access-log: \"\" and \"-\" are not files (omit the option to log to stderr)"),
+        (2, "-", "--access-log: \"\" and \"-\" are not files (omit the option to log to stderr)"),
         (23, "/nonexistent/log", "--access-log /nonexistent/log: no such file or directory (create its directory)"),
         (23, "/tmp", "--access-log /tmp: is a directory\n"),
     ];

@@ -74,7 +74,7 @@ fn check_fails_like_a_start() {
         (2, "--bind-ports 1-10".into(), "--bind-ports: the server may not use ports below"),
         (2, "--no-such-option".into(), "--no-such-option"),
         (2, "--allow-remote-metrics".into(), "--allow-remote-metrics requires --metrics ADDR"),
-        (2, "--access-log -".into(), "--access-log \"-\": expected a file"),
+        (2, "--access-log -".into(), "--access-log: \"\" and \"-\" are not files (omit the option to log to stderr)"),
         (
             23,
             "--access-log /nonexistent/log".into(),
