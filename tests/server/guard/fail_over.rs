@@ -54,7 +54,7 @@ fn next_proxy_of_a_hop_is_used_if_one_fails_and_the_failed_one_is_skipped() {
     ];
     for failing in failing {
         let url = format!("{failing}|{}", good.addr());
-        let server = Server::start(&["--via", &url, "--connect-timeout", "1"]);
+        let server = Server::start(&["--via", &url, "--connect-timeout", "2"]);
         assert_all_commands_by(&server, "--via", good.addr());
         let warnings = server.log().matches("hop --via: the next proxy is used for some seconds: ").count();
         assert_eq!(warnings, 1, "{}", server.log());
@@ -92,7 +92,7 @@ fn proxy_that_does_not_answer_bind_or_udp_is_replaced_after_its_share_of_the_tim
     for command in [BIND, UDP_ASSOCIATE] {
         let (stuck, count) = scripted(&[5, 0], b"");
         let url = format!("{stuck}|{}", good.addr());
-        let server = Server::start(&["--via", &url, "--connect-timeout", "1"]);
+        let server = Server::start(&["--via", &url, "--connect-timeout", "2"]);
         for _ in 0..2 {
             assert_eq!(open_as(&server, None, command, "0.0.0.0:0").1, 0, "{command}");
         }
