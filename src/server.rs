@@ -92,7 +92,7 @@ const RESTART_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum time that sessions get to finish after SIGQUIT. Meanwhile, new connections wait in the sockets of systemd.
 const QUIT_DRAIN: Duration = Duration::from_secs(2);
 const SIGNALS: [Signal; 6] = [Signal::Term, Signal::Int, Signal::Quit, Signal::Hup, Signal::Usr1, Signal::Usr2];
-/// Upper limit of the default for [`Options::max_connections`].
+/// Upper limit of the default for [`ServeArgs::max_connections`].
 const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
 
 /// What a reload replaces: the policy, and the proxies of each hop with their passwords.
