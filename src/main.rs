@@ -39,8 +39,8 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {
         CliError::new(ExitStatus::FAILURE, panic.to_string().replace('\n', " ")).print();
     }));
-    // The first two can be sent to all processes of s5, but only servers handle them. The third one reports that a file
-    // is at the limit of its size, which is an error of the write too.
+    // SIGUSR1 and SIGUSR2 can be sent to all processes of s5, but only servers handle them. SIGXFSZ would end the
+    // process; with a handler, write(2) fails with EFBIG instead.
     for signal in [Signal::USR1, Signal::USR2, Signal::XFSZ] {
         let _ = signal_hook::flag::register(signal.as_raw(), Arc::default());
     }

@@ -204,9 +204,10 @@ impl PeerSocket {
 
 fn datagram_socket(peer: SocketAddr, local: LocalAddr) -> Result<Io<UdpSocket>, DialError> {
     let from = local.bind_addr(peer).unwrap_or(SocketAddr::new(unspecified(peer.ip()), 0));
-    let unavailable = |_| DialError::LocalAddr(from.ip());
-    let socket =
-        bind_outbound(from).map_err(|error| error.raw_os_error().map_or(DialError::OutboundInterface, unavailable))?;
+    let socket = bind_outbound(from).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse => DialError::LocalAddr(from.ip()),
+        _ => DialError::from_connect(&error, peer),
+    })?;
     let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(peer));
     connected.and_then(|()| Io::new(socket)).map_err(|error| DialError::from_connect(&error, peer))
 }

@@ -101,7 +101,7 @@ fn policy_sources(args: &ServeArgs) -> CliResult<PolicySources> {
     })
 }
 
-/// Returns the settings of a server without hops, that listens on the addresses of the options.
+/// Returns the settings of a server that listens on the addresses of the options, without hops.
 fn options(mut args: ServeArgs, sources: &PolicySources, policy: &Policy) -> CliResult<Options> {
     let one_per_family = |option: &str, ips: &[IpAddr]| {
         rules::one_per_family(ips).map_err(|error| CliError::usage(format!("{option}: {error}")))

@@ -41,7 +41,7 @@ const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 pub enum DialError {
     #[error("out of descriptors, ports or memory on this machine")]
     LocalResources,
-    #[error("source address {0} or its port not available on this machine{hint}", hint = source_hint())]
+    #[error("source address {0}: not an address of this machine, or no free port{hint}", hint = source_hint())]
     LocalAddr(IpAddr),
     #[error("--outbound-interface {}: no such device", interface())]
     OutboundInterface,
@@ -84,7 +84,7 @@ impl DialError {
             Some(Errno::INVAL) if requires_zone(addr) => Self::ZoneRequired,
             // connect(2) fails with this for IPv6 if no interface has an IPv6 address.
             Some(Errno::ADDRNOTAVAIL) if addr.is_ipv6() => Self::FamilyUnavailable,
-            // Of set_outbound_options.
+            // Only the error of set_outbound_options for the interface has no number.
             None => Self::OutboundInterface,
             _ => Self::LocalResources,
         }
@@ -238,7 +238,7 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Dialed, DialError
     let connect_error = |error: Errno| DialError::from_connect(&error.into(), addr);
     let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let (socket, from) = (stream_socket(family).map_err(connect_error)?, local.bind_addr(addr));
-    set_outbound_options(&socket).map_err(|_| DialError::OutboundInterface)?;
+    set_outbound_options(&socket).map_err(|error| DialError::from_connect(&error, addr))?;
     if let Some(from) = from {
         let shared = match from.port() {
             // connect(2) chooses a port that is free for this target. bind(2) would choose one that is free for all.

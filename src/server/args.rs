@@ -262,6 +262,7 @@ pub struct ServeArgs {
     pub idle_timeout: Duration,
 
     /// wait for sessions at shutdown [default: 5s]. Sessions that are still open after this time are reset.
+    /// After SIGQUIT, the maximum is 2 s.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration), default = "Duration::from_secs(5)")]
     pub drain_timeout: Duration,
 

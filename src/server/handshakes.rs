@@ -1,6 +1,7 @@
 //! The unfinished handshakes: sessions from accept to their requests. At the limit, a new connection ends the oldest
 //! handshake of the client that has most of them. So a flood from one client ends only its own handshakes. Those whose
-//! client is not known yet, behind a load balancer, count as those of one client.
+//! client is not known yet, behind a load balancer, count as those of one client. The connections of `--metrics` are
+//! limited in the same way.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
@@ -10,7 +11,7 @@ use std::task::{Context, Poll, Waker};
 
 use super::shares::{ClientKey, lock};
 
-/// All unfinished handshakes.
+/// All unfinished handshakes, or all connections of `--metrics`.
 pub(super) struct Handshakes {
     limit: usize,
     unfinished: Arc<Mutex<Unfinished>>,

@@ -11,6 +11,7 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use async_net::TcpStream;
+use futures_lite::future::yield_now;
 use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
 use smol::channel::Receiver;
 use smol::{Async, LocalExecutor, Timer};
@@ -109,6 +110,8 @@ impl Service {
             let client = ClientKey::new(client.map(|client| client.ip()));
             let connection = self.connections.begin(Some(client));
             self.executor.spawn(self.clone().serve(stream, client, connection)).detach();
+            // The connection that this one has ended closes now. Otherwise a burst would take thousands of descriptors.
+            yield_now().await;
         }
     }
 

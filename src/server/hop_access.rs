@@ -7,7 +7,7 @@ use std::time::Instant;
 use futures_lite::FutureExt as _;
 
 use super::limiter::warn;
-use super::options::Hop;
+use super::options::{FAILED_CHAIN_PAUSE, Hop};
 use super::passwords::Login;
 use super::reply::{SessionError, SessionResult};
 use super::state::Session;
@@ -78,9 +78,8 @@ impl HopAccess {
                 Err(error) => last_error = SessionError::from_upstream(error),
             }
             if is_broken && has_worked && others > 0 {
-                warn(|| {
-                    format!("hop {}: the next proxy is used for some seconds: {}", self.hop.name, last_error.reason)
-                });
+                let (hop, reason) = (&self.hop.name, &last_error.reason);
+                warn(|| format!("hop {hop}: {reason} (the others are tried first for {FAILED_CHAIN_PAUSE:?})"));
             }
             if !is_broken {
                 break;

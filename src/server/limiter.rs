@@ -1,5 +1,5 @@
-//! Limits of sessions and bytes per second: for the server, a client address, a user or a session. Limits of the lookups
-//! and connection attempts of each client, for all commands, hops and datagrams.
+//! Limits of sessions and bytes per second: for the server, a client address, a user or a session. Limits of the
+//! lookups and connection attempts of each client, for all commands, hops and datagrams.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -36,9 +36,13 @@ pub(super) struct Limiter {
     /// UDP associations, at most one per port of `--udp-ports`. All can share a single port.
     associations: Shares,
     users: Arc<Users>,
+    /// Sessions of one client address (IPv6: of a /64), if the option is set.
     max_per_client: Option<usize>,
+    /// Sessions of one user.
     max_per_user: Option<usize>,
+    /// Bytes per second of one session, both directions together.
     rate: Option<u64>,
+    /// Bytes per second of all sessions of one user, both directions together.
     rate_per_user: Option<u64>,
 }
 

@@ -154,8 +154,8 @@ impl Queue {
 }
 
 impl AccessLog {
-    /// Opens the file again after [`reopen_access_log`], or if another process has. After an error, the lines still go to
-    /// the file of before.
+    /// Opens the file again after [`reopen_access_log`], or if another process has created a new one at the path. After
+    /// an error, the lines still go to the old file.
     fn reopen(&self, file: &mut File) {
         let id = |file: Metadata| (file.dev(), file.ino());
         let is_other = |there| file.metadata().is_ok_and(|open| id(open) != id(there));

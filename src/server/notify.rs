@@ -26,7 +26,7 @@ use super::state::Server;
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 /// Time limit of the first report that the service manager does not read.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
-/// Minimum time between two reports to the watchdog, which waits for all workers.
+/// Minimum time between two reports to the watchdog, because each of them waits for a task of all workers.
 const MIN_WATCHDOG_INTERVAL: Duration = Duration::from_millis(100);
 /// Time from the end of the drain time to the exit, at most.
 const EXIT_TIME: Duration = Duration::from_secs(10);

@@ -68,7 +68,7 @@ impl Options {
 }
 
 /// Time after a failure of a chain in which the other chains of its hop are tried first.
-const FAILED_CHAIN_PAUSE: Duration = Duration::from_secs(10);
+pub(super) const FAILED_CHAIN_PAUSE: Duration = Duration::from_secs(10);
 
 /// Chains of proxies, nearest first. A chain is used if those before it do not work.
 pub type Chains = Vec<Vec<Proxy>>;

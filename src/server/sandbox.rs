@@ -67,7 +67,7 @@ pub(super) fn outbound_capabilities(options: &Options) -> Result<CapabilitySet, 
     }
     // The kernel takes an empty name for none, and only the start of a longer one (IFNAMSIZ).
     if let Some(name) = interface.as_deref().filter(|name| !(1..16).contains(&name.len())) {
-        return Err(format!("--outbound-interface {name}: expected 1 to 15 bytes (ip link shows the names)"));
+        return Err(format!("--outbound-interface {name:?}: expected 1 to 15 bytes (ip link shows the names)"));
     }
     let sets = capabilities(None).map_err(|error| error.to_string())?;
     let bind = |effective| {

@@ -176,8 +176,8 @@ impl Session {
         SessionError::silent(format!("handshake timed out after {:?}", self.server().options.handshake_timeout))
     }
 
-    /// Reads the header of the PROXY protocol, and does what is done at accept for other clients. Until the client is
-    /// known, the connection counts against nobody.
+    /// Reads the header of the PROXY protocol, and then applies the limits and rules that apply to other clients at
+    /// accept. Until then, the connection counts against no client.
     async fn identify_client(&mut self, handshake: Option<&HandshakeGuard>) -> SessionResult<()> {
         if let Some(client) = self.read_proxy_header().await? {
             self.log.set_forwarded_client(client);
@@ -234,8 +234,8 @@ impl Session {
     /// Returns why a PROXY header is refused here.
     fn header_error(&self) -> &'static str {
         match self.log.is_forwarded() || self.server().options.is_balancer(self.log.client()) {
-            true => "second PROXY header, passed on by the load balancer (if its client is one, let it accept this)",
-            false => "PROXY header, but not from --proxy-protocol-from (if it is your load balancer, add its address)",
+            true => "second PROXY header (if another load balancer is in front of yours, let yours accept its header)",
+            false => "PROXY header from an address not in --proxy-protocol-from (if it is your load balancer, add it)",
         }
     }
 

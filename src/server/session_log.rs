@@ -345,7 +345,8 @@ impl Drop for SessionLog {
     }
 }
 
-/// The fields of the client and its request, which all lines of a session have, and those of the route to the target.
+/// The fields of the client and its request, which all lines of a session have. `true`: those of the route to the target
+/// too.
 struct Facts<'a>(&'a SessionLog, bool);
 
 impl fmt::Display for Facts<'_> {

@@ -6,9 +6,9 @@ use std::mem::take;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use super::args::ServeArgs;
 use rustix::io::Errno;
 
+use super::args::ServeArgs;
 use super::inherited::{from_predecessor, is_successor};
 use super::listen::{ListenAddr, Listener};
 use super::local_addr::is_local;
@@ -101,7 +101,7 @@ fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerErr
     ServerError::Io(format!("listen on {addr}"), with_remedy)
 }
 
-/// Returns the addresses to bind. Fails as bind(2) does if one of `others` has the same port.
+/// Returns the addresses to bind. Fails as bind(2) would if address and port conflict with one of `others`.
 fn resolve_free(listen: &ListenAddr, option: &str, others: &[SocketAddr]) -> Result<Vec<SocketAddr>, ServerError> {
     let addrs = listen.resolve().map_err(|error| listen_error(listen, error, option))?;
     let is_used = |addr: &&SocketAddr| {

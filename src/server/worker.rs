@@ -68,7 +68,7 @@ pub(super) fn spawn_boxed(task: impl Future<Output = ()> + 'static) {
 }
 
 impl Tasks {
-    /// Runs the tasks until `last` ends. It is one of the others.
+    /// Runs the tasks until `last`, one of the others, ends. Passes its panic on, so that the worker reports it.
     async fn run_until(&self, last: Task<()>) {
         while !last.is_finished() {
             self.tunnels.tick().or(self.others.tick()).await;
@@ -77,6 +77,7 @@ impl Tasks {
                 yield_now().await;
             }
         }
+        last.await;
     }
 
     /// Runs the tunnels, and then the others for as long as the tunnels took, but at least for [`MIN_TURN`]. Returns
@@ -194,7 +195,7 @@ impl WorkerPool {
             worker.send(move || {
                 spawn(async move {
                     call();
-                    // Tasks run in the order of their wake-ups, so this one and that of a tunnel end after all of them.
+                    // Tasks run in the order of their wake-ups, so this one and the one among the tunnels end last.
                     spawn_tunnel(Box::pin(async move { drop(tunnels_done) }) as BoxedTask);
                     yield_now().await;
                     drop(done);

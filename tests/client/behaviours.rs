@@ -78,7 +78,7 @@ const OTHER_STATUSES: [(i32, &str, &str); 15] = [
     (
         45,
         "$S5 connect -s 192.0.2.9 -x $PROXY $ECHO",
-        "source address 192.0.2.9 or its port not available on this machine",
+        "source address 192.0.2.9: not an address of this machine, or no free port",
     ),
     (45, "$S5 connect -l 192.0.2.9:1 -x $PROXY $ECHO", "listen on"),
     (

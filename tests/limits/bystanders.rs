@@ -294,7 +294,6 @@ fn new_clients_are_served_beside_4000_idle_tunnels_and_4000_unfinished_handshake
     wait_until("12,000 descriptors in use", TIMEOUT, || lab.server.descriptors() >= 12_000);
     try_three_times(|| {
         let [round_trip, new_client] = other.measure();
-        eprintln!("quiet {quiet:?}, now {round_trip:?} and {new_client:?}");
         ensure(round_trip <= quiet[0] * MAX_FACTOR, || format!("round trip {round_trip:?}, quiet {:?}", quiet[0]))?;
         ensure(new_client <= MAX_NEW_CLIENT, || format!("new client {new_client:?}"))
     });

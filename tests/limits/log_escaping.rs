@@ -3,7 +3,8 @@
 use crate::support::bytes::hex;
 use crate::*;
 
-/// Attacks on readers of the log: texts that end a line or a value, control a terminal, or reverse the following text.
+/// Attacks on readers of the log: texts that end a line or a value, look like a number, control a terminal, or reverse
+/// the following text.
 pub const ATTACKS: [&[u8]; 28] = [
     b"\n",
     b"\t",

@@ -448,7 +448,7 @@ fn slow_huge_and_many_requests_disturb_neither_sessions_nor_scrapes_of_others() 
 }
 
 #[test]
-fn promtool_has_no_complaint() {
+fn metrics_pass_promtool() {
     if !is_installed("promtool") {
         return;
     }

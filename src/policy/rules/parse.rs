@@ -247,7 +247,7 @@ fn parse_outbound(text: &str) -> Result<[Option<IpAddr>; 2], String> {
     one_per_family(&ips)
 }
 
-/// Returns addresses of which at most one is of each family.
+/// Returns the addresses. Fails if two of them have the same family.
 pub fn one_per_family(ips: &[IpAddr]) -> Result<[Option<IpAddr>; 2], String> {
     match *ips {
         [] => Ok([None, None]),

@@ -126,7 +126,7 @@ fn proxy_header_of_other_addresses_is_refused_with_the_remedy() {
         stream.write_all(&[header(addr("192.0.2.7:4000")), GREETING.into()].concat()).expect("header sent");
         let _ = stream.read_to_end(&mut Vec::new());
         let log = server.wait_log(|log| session_lines(log).len() > number);
-        let error = "PROXY header, but not from --proxy-protocol-from (if it is your load balancer, add its address)";
+        let error = "PROXY header from an address not in --proxy-protocol-from (if it is your load balancer, add it)";
         assert!(session_lines(&log)[number].contains(error), "{log}");
         assert!(session_lines(&log)[number].contains("from=127.0.0.1:"), "{log}");
     }
@@ -140,7 +140,7 @@ fn proxy_header_of_other_addresses_is_refused_with_the_remedy() {
     }
     stream.write_all(&header[5..]).expect("data sent");
     let _ = stream.read_to_end(&mut Vec::new());
-    wait_until("it is logged", TIMEOUT, || server.log().matches("error=\"PROXY header, but not from").count() == 3);
+    wait_until("it is logged", TIMEOUT, || server.log().matches("error=\"PROXY header from an address").count() == 3);
     for start in [&b"PO"[..], b"PROP", b"G"] {
         let mut stream = server.connect();
         stream.write_all(start).expect("data sent");
@@ -158,7 +158,7 @@ fn second_proxy_header_is_refused_as_one_that_the_balancer_passes_on() {
         stream.write_all(&[first, v1(addr("192.0.2.8:1")), GREETING.into()].concat()).expect("headers sent");
         let _ = stream.read_to_end(&mut Vec::new());
         let log = server.wait_log(|log| session_lines(log).len() > number);
-        let error = "error=\"second PROXY header, passed on by the load balancer (if its client is one, let it";
+        let error = "error=\"second PROXY header (if another load balancer is in front of yours, let";
         assert!(session_lines(&log)[number].contains(error), "{log}");
     }
 }

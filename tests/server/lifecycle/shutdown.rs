@@ -1,5 +1,5 @@
-//! SIGTERM, SIGINT and SIGQUIT: new connections are refused, open sessions are drained, a second signal ends the drain. Also:
-//! the server keeps running if the reader of its log closes the pipe.
+//! SIGTERM, SIGINT and SIGQUIT: new connections are refused, open sessions are drained, a second signal ends the drain.
+//! Also: the server keeps running if the reader of its log closes the pipe.
 
 use crate::*;
 

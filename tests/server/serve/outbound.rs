@@ -194,7 +194,7 @@ fn one_source_address_serves_more_connections_than_it_has_ports() {
         assert!((1..=61).any(|_| connect(&targets[0]) == 1));
         let error = format!("to=\"{}\" ", targets[0].local_addr().expect("local address"));
         let is_logged = |line: &&str| {
-            line.contains(&error) && line.contains(&format!("source address {source} or its port not available"))
+            line.contains(&error) && line.contains(&format!("source address {source}: not an address of this machine"))
         };
         server.wait_log(|log| session_lines(log).iter().any(is_logged));
     }
@@ -304,8 +304,8 @@ fn interface_or_source_address_that_is_gone_is_named_with_its_option() {
             "--outbound",
             "10.9.1.5",
             "addr del 10.9.1.5/24 dev s1",
-            "source address 10.9.1.5 or its port not available on \
-         this machine (set by --outbound, or outbound= of a rule)\"",
+            "source address 10.9.1.5: not an address of this machine, or no free port (set by --outbound, or outbound= of a \
+             rule)\"",
         ),
     ];
     for (option, value, script, error) in table {
@@ -326,8 +326,8 @@ fn outbound_options_that_cannot_work_are_errors_at_the_start() {
         (&["--outbound", "::ffff:127.0.0.1"], unusable),
         (&["--outbound", "fe80::1"], unusable),
         (&["--allow", "outbound=255.255.255.255"], unusable),
-        (&["--outbound-interface", ""], "--outbound-interface : expected 1 to 15 bytes"),
-        (&["--outbound-interface", "wg-to-the-office"], "wg-to-the-office: expected 1 to 15 bytes (ip link shows"),
+        (&["--outbound-interface", ""], "--outbound-interface \"\": expected 1 to 15 bytes"),
+        (&["--outbound-interface", "wg-to-the-office"], "\"wg-to-the-office\": expected 1 to 15 bytes (ip link shows"),
         (&["--outbound-interface", "wg-to-the-offic"], "--outbound-interface wg-to-the-offic: no such device"),
         (&["--outbound", "192.0.2.1"], "--outbound 192.0.2.1: "),
         (&["--outbound", "127.0.0.1", "--outbound", "2001:db8::1"], "--outbound 2001:db8::1: "),
