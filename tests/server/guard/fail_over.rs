@@ -34,6 +34,8 @@ fn assert_all_commands_by(server: &Server, hop: &str, proxy: SocketAddr) {
 
 #[test]
 fn next_proxy_of_a_hop_is_used_if_one_fails_and_the_failed_one_is_skipped() {
+    // No other process takes a port of a proxy that does not run.
+    enter_namespace!("", "");
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", alice_and_bob());
     let (good, locked) = (Server::start(&[]), Server::start(&["--users", &users]));
@@ -54,7 +56,7 @@ fn next_proxy_of_a_hop_is_used_if_one_fails_and_the_failed_one_is_skipped() {
     ];
     for failing in failing {
         let url = format!("{failing}|{}", good.addr());
-        let server = Server::start(&["--via", &url, "--connect-timeout", "2"]);
+        let server = Server::start(&["--via", &url, "--connect-timeout", "3"]);
         assert_all_commands_by(&server, "--via", good.addr());
         let warnings = server.log().matches(" (the others are tried first for 10s)").count();
         assert_eq!(warnings, 1, "{}", server.log());
@@ -92,7 +94,7 @@ fn proxy_that_does_not_answer_bind_or_udp_is_replaced_after_its_share_of_the_tim
     for command in [BIND, UDP_ASSOCIATE] {
         let (stuck, count) = scripted(&[5, 0], b"");
         let url = format!("{stuck}|{}", good.addr());
-        let server = Server::start(&["--via", &url, "--connect-timeout", "2"]);
+        let server = Server::start(&["--via", &url, "--connect-timeout", "3"]);
         for _ in 0..2 {
             assert_eq!(open_as(&server, None, command, "0.0.0.0:0").1, 0, "{command}");
         }
@@ -102,6 +104,8 @@ fn proxy_that_does_not_answer_bind_or_udp_is_replaced_after_its_share_of_the_tim
 
 #[test]
 fn failed_proxies_are_used_if_all_have_failed_and_again_after_a_reload() {
+    // No other process takes a port of a proxy that does not run.
+    enter_namespace!("", "");
     let [first, second] = [(); 2].map(|()| closed_port());
     let server = Server::start(&["--via", &format!("{first}|{second}")]);
     assert_eq!(rep(&server, CONNECT, "127.0.0.1:9"), 1);
@@ -138,14 +142,14 @@ fn failed_proxy_is_tried_again_by_one_session_after_ten_seconds() {
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                while !is_over.load(Ordering::Relaxed) {
+                while !is_over.load(Ordering::Relaxed) && start.elapsed() < LONG_TIMEOUT {
                     assert_eq!(rep(&server, CONNECT, &echo), 0);
                     sessions.fetch_add(1, Ordering::Relaxed);
                     thread::sleep(Duration::from_millis(50));
                 }
             });
         }
-        wait_until("it is tried again", LONG_TIMEOUT, || count_attempts() > 1);
+        wait_until("it is tried again", 3 * TIMEOUT, || count_attempts() > 1);
         // While that session waits for the proxy, the others do not.
         let enough = sessions.load(Ordering::Relaxed) + 20;
         wait_until("other sessions run", TIMEOUT, || sessions.load(Ordering::Relaxed) > enough);
