@@ -226,6 +226,19 @@ fn run(lab: &Lab, echo: SocketAddr, attack: (&str, usize, Step), limits: [Durati
     ensure(attacked[1] <= limits[1], || format!("{name}: new client {:?}", attacked[1]))
 }
 
+/// Returns the machine for this test alone, and what servers and clients need: a users file and an echo server. `None`:
+/// too few descriptors.
+fn set_up() -> Option<(MutexGuard<'static, ()>, TempDir, String, SocketAddr)> {
+    if !raise_fd_limit(20_000) {
+        skip("too few descriptors");
+        return None;
+    }
+    let machine = lock_machine();
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &crate::login_memory::users_text());
+    Some((machine, dir, users, echo_server()))
+}
+
 /// Starts a name server that does not know any name but [`SILENT_ADDRS`].
 fn start_dns() {
     dns::start_with(|name, _| match name {
@@ -241,14 +254,8 @@ fn resolv() -> String {
 #[test]
 fn attack_of_one_address_does_not_slow_other_clients() {
     enter_namespace!("", &resolv());
-    if !raise_fd_limit(20_000) {
-        return skip("too few descriptors");
-    }
-    let _machine = lock_machine();
+    let Some((_machine, _dir, users, echo)) = set_up() else { return };
     start_dns();
-    let dir = temp_dir();
-    let users = write_file(dir.path(), "users", &crate::login_memory::users_text());
-    let echo = echo_server();
     for attack in ATTACKS {
         try_three_times(|| run(&Lab::start(&users), echo, attack, [MAX_ROUND_TRIP, MAX_NEW_CLIENT]));
     }
@@ -258,15 +265,12 @@ fn attack_of_one_address_does_not_slow_other_clients() {
 #[test]
 fn tunnels_run_before_other_tasks_of_a_server_that_computes_all_the_time() {
     enter_namespace!("", &resolv());
-    if CORES.len() < 2 || !raise_fd_limit(20_000) {
-        return skip("too few cores or descriptors");
+    if CORES.len() < 2 {
+        return record_skip("this machine has one core");
     }
-    let _machine = lock_machine();
     choose_core(false);
+    let Some((_machine, _dir, users, echo)) = set_up() else { return };
     start_dns();
-    let dir = temp_dir();
-    let users = write_file(dir.path(), "users", &crate::login_memory::users_text());
-    let echo = echo_server();
     try_three_times(|| {
         choose_core(true);
         let lab = Lab::start(&users);
@@ -279,13 +283,8 @@ fn tunnels_run_before_other_tasks_of_a_server_that_computes_all_the_time() {
 #[test]
 fn new_clients_are_served_beside_4000_idle_tunnels_and_4000_unfinished_handshakes() {
     enter_namespace!("", &resolv());
-    if !raise_fd_limit(20_000) {
-        return skip("too few descriptors");
-    }
-    let _machine = lock_machine();
-    let dir = temp_dir();
-    let users = write_file(dir.path(), "users", &crate::login_memory::users_text());
-    let (lab, echo) = (Lab::start(&users), echo_server());
+    let Some((_machine, _dir, users, echo)) = set_up() else { return };
+    let lab = Lab::start(&users);
     let mut other = Other::connect(&lab.server, echo);
     let quiet = other.measure();
     let (_, _, step) = ATTACKS[5];
