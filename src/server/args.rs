@@ -25,8 +25,9 @@ pub struct ServeArgs {
     /// With port 0 the kernel chooses the port, and s5 logs it. PORT can be the name of a service. A Unix socket that
     /// no process uses is replaced; one in use is an error. The umask sets the permissions of its file. Its clients
     /// send and receive datagrams at 127.0.0.1. If a client announces its port, datagrams from other ports are dropped.
-    /// Without this option, s5 uses the sockets of a socket unit, if systemd passes some. See SYSTEMD. Addresses other than
-    /// loopback, and --proxy-protocol-from, require --users, --keytab, an allow rule with from=, or --allow-open-relay.
+    /// Without this option, s5 uses the sockets of a socket unit, if systemd passes some. See SYSTEMD. Addresses other
+    /// than loopback, and --proxy-protocol-from, require --users, --keytab, an allow rule with from=, or
+    /// --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     pub listen: Vec<ListenAddr>,
 
@@ -53,19 +54,21 @@ pub struct ServeArgs {
     pub outbound: Vec<IpAddr>,
 
     /// use only this network interface for outbound traffic. It applies to connections, the listeners of BIND, and
-    /// datagrams, except those between the server and its clients. Name resolution is not affected. Before Linux 5.7, it
-    /// requires CAP_NET_RAW.
+    /// datagrams, except those between the server and its clients. Name resolution is not affected. Before Linux 5.7,
+    /// it requires CAP_NET_RAW.
     #[argh(option, hidden_help, arg_name = "NAME")]
     pub outbound_interface: Option<String>,
 
     /// set the mark of outbound packets (SO_MARK), for routing and the packet filter. N is decimal, or hexadecimal with
-    /// 0x. It applies to the same sockets as --outbound-interface: the queries of name resolution have no mark, because the
-    /// C library sends them. It requires CAP_NET_RAW (before Linux 5.17, CAP_NET_ADMIN), which the server then keeps.
+    /// 0x. It applies to the same sockets as --outbound-interface: the queries of name resolution have no mark, because
+    /// the C library sends them. It requires CAP_NET_RAW (before Linux 5.17, CAP_NET_ADMIN), which the server then
+    /// keeps.
     #[argh(option, hidden_help, arg_name = "N", from_str_fn(parse_mark))]
     pub mark: Option<u32>,
 
-    /// order of the addresses of a name: 4 or 6 first [default: the resolver's]. It applies to TCP and UDP. s5 tries the
-    /// families in turn, beginning with this one (RFC 8305). A name that an upstream proxy resolves is not affected.
+    /// order of the addresses of a name: 4 or 6 first [default: the resolver's]. It applies to TCP and UDP. s5 tries
+    /// the families in turn, beginning with this one (RFC 8305). A name that an upstream proxy resolves is not
+    /// affected.
     #[argh(option, hidden_help, arg_name = "FAMILY", from_str_fn(parse_family))]
     pub prefer: Option<bool>,
 
@@ -107,7 +110,8 @@ pub struct ServeArgs {
     #[argh(switch)]
     pub no_sandbox: bool,
 
-    /// require a password; FILE has name:hash lines. See USERS FILE. S5_USER and S5_PASSWORD define a single user instead.
+    /// require a password; FILE has name:hash lines. See USERS FILE. S5_USER and S5_PASSWORD define a single user
+    /// instead.
     #[argh(option, arg_name = "FILE")]
     pub users: Option<PathBuf>,
 
@@ -164,13 +168,13 @@ pub struct ServeArgs {
 
     /// show which rule decides REQUEST, then exit. REQUEST has the form 'from=IP user=NAME command=connect
     /// to=HOST:PORT'; only to= is required. The keys method=, protection= and port= are also possible. REQUEST can also
-    /// be a line of the log: its addr= is the address of the name in to=, and keys such as proxy= (the load balancer) are
-    /// not used. The exit status is 0 for allow and 1 for deny. No server is started.
+    /// be a line of the log: its addr= is the address of the name in to=, and keys such as proxy= (the load balancer)
+    /// are not used. The exit status is 0 for allow and 1 for deny. No server is started.
     #[argh(option, arg_name = "REQUEST")]
     pub explain: Option<String>,
 
-    /// check options and files as at a start, then exit. s5 opens no port. The exit status is that of a start that fails,
-    /// or 0.
+    /// check options and files as at a start, then exit. s5 opens no port. The exit status is that of a start that
+    /// fails, or 0.
     #[argh(switch)]
     pub check: bool,
 
