@@ -8,10 +8,10 @@ use std::env;
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
 
 use log::{Level, LevelFilter, Log, Metadata, Record, SetLoggerError};
 use simple_logger::SimpleLogger;
-use time::OffsetDateTime;
 
 use super::escape::{escape, plain_os_errors};
 use super::logfmt::to_json;
@@ -108,11 +108,8 @@ fn with_start(priority: &str, level: Level, fields: &str) -> String {
     }
 }
 
-// Not by `time::format`, which takes 20 KB: the code for all formats.
 fn now() -> String {
-    let now = OffsetDateTime::now_utc();
-    let ((year, month, day), (hour, minute, second, milli)) = (now.to_calendar_date(), now.to_hms_milli());
-    format!("{year:04}-{:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z", u8::from(month))
+    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
 }
 
 /// Returns the start of a line that the journal of systemd reads as its priority (sd-daemon(3)), such as `<6>`. Empty
