@@ -19,14 +19,19 @@ mod slow_handshakes;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::sync::{MutexGuard, PoisonError};
+use std::fs::File;
+
+use rustix::fs::{FlockOperation, flock};
 
 use support::*;
 
-/// Held by tests that measure times or load the whole machine, because they would disturb each other.
-fn lock_machine() -> MutexGuard<'static, ()> {
-    static MACHINE: Mutex<()> = Mutex::new(());
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+/// Held by tests that measure times or load the whole machine, because they would disturb each other. It is the lock of
+/// a file, because each test in a namespace is a process of its own.
+fn lock_machine() -> File {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("limits.lock");
+    let file = File::create(path).expect("lock file created");
+    retry(|| Ok(flock(&file, FlockOperation::LockExclusive)?)).expect("locked");
+    file
 }
 
 /// Runs a measurement up to three times until it succeeds, because other programs may disturb it.

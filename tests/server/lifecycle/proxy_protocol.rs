@@ -202,8 +202,8 @@ fn limits_count_the_forwarded_client_and_not_the_balancer() {
 
 #[test]
 fn connections_without_a_header_end_no_handshake_of_a_client() {
-    // Up to 4 handshakes may be unfinished.
-    let server = behind_balancer(&[&["--max-connections", "8"], &LOOPBACK[..]].concat());
+    // Up to 4 handshakes may be unfinished. One thread accepts connections in their order.
+    let server = behind_balancer(&[&["--max-connections", "8", "--threads", "1"], &LOOPBACK[..]].concat());
     let mut clients = ["192.0.2.1:1", "192.0.2.2:1"].map(|client| forward(&server, client).expect("accepted"));
     let silent: Vec<TcpStream> = (0..6).map(|_| server.connect()).collect();
     for mut oldest in silent.into_iter().take(4) {
