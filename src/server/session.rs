@@ -19,7 +19,8 @@ use super::session_log::SessionLog;
 use super::shares::ShareGuard;
 use super::state::{Server, Session, SessionPermit, denied_by_reload, disconnected, unless};
 use super::tunnel::Tunnel;
-use super::{association, bind, connect, worker};
+use super::worker::{self, Class};
+use super::{association, bind, connect};
 use crate::conn::{Conn, DetachedConn, Protection, ReadError};
 use crate::counters::Histogram;
 use crate::gssapi::GssapiError;
@@ -44,7 +45,8 @@ pub(super) fn start(server: Arc<Server>, client: Option<SocketAddr>, share: Shar
     }
     let (id, client) = (session.log.id, session.log.client_key());
     let handshake = session.server().limiter.handshakes.begin(is_known.then_some(client));
-    worker::spawn(in_session(id, client, async move {
+    let class = if session.permit.share.is_of_crowd() { Class::Crowd } else { Class::Session };
+    let task = in_session(id, client, async move {
         let mut handshake = Some(handshake);
         let logged_in = session.log_in(handshake.as_ref());
         let result = match unless(replaced(handshake.as_ref()), logged_in).await {
@@ -80,7 +82,8 @@ pub(super) fn start(server: Arc<Server>, client: Option<SocketAddr>, share: Shar
                 }
             }
         }
-    }));
+    });
+    worker::spawn(class, task);
 }
 
 /// Waits until an unfinished handshake has to end for a new connection, and returns the error.

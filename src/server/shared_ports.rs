@@ -21,7 +21,7 @@ use smol::channel::{self, Receiver, Sender};
 
 use super::local_addr::with_port;
 use super::shares::lock;
-use super::worker;
+use super::worker::{self, Class};
 use crate::net::{BatchSocket, RecvBatch, share_port};
 use crate::proto::{Datagram, Frame};
 
@@ -95,7 +95,7 @@ impl SharedPorts {
             socket.get_ref().connect(with_port(client, 0))?;
             let (_is_used, receiver) = channel::bounded(1);
             groups.insert(key, Group { members: vec![member.clone()], _is_used });
-            worker::spawn_boxed(self.clone().run_group(key, socket, receiver));
+            worker::spawn_boxed(Class::Session, self.clone().run_group(key, socket, receiver));
         }
         drop(groups);
         Ok(Membership { ports: self.clone(), key, member, handed_over: Box::pin(receiver) })

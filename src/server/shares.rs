@@ -43,6 +43,9 @@ impl fmt::Display for ClientKey {
     }
 }
 
+/// Number of uses of a client from which on it has many: more than those of a person at a browser.
+const CROWD: usize = 64;
+
 /// Locks a value that no panic leaves invalid.
 pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -188,6 +191,11 @@ impl Usage {
 }
 
 impl ShareGuard {
+    /// Returns true if the client has many uses.
+    pub(super) fn is_of_crowd(&self) -> bool {
+        self.shares.usage().clients.get(&self.client).is_some_and(|client| client.in_use > CROWD)
+    }
+
     /// Makes a reservation a use of `client`. Returns false if the client is at its limit.
     pub(super) fn assign(&mut self, client: ClientKey) -> bool {
         let client = Some(client);

@@ -25,8 +25,8 @@ use crate::net::reactor;
 /// A worker passes a new connection on if it has over twice the sockets of the least loaded worker plus this many.
 const SOCKET_SURPLUS: usize = 64;
 
-/// Time for tasks other than tunnels before the events of tunnels are looked for again.
-const MIN_TURN: Duration = Duration::from_micros(100);
+/// Minimum time for each class but the tunnels before the events of tunnels are looked for again.
+const MIN_TURN: Duration = Duration::from_micros(40);
 
 thread_local! {
     /// Index and tasks of the worker of this thread. Weak: `Worker::run` owns the tasks.
@@ -37,25 +37,26 @@ thread_local! {
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The tasks of a worker. Tunnels run before all others, so that many new sessions do not slow them.
-#[derive(Default)]
-struct Tasks {
-    tunnels: LocalExecutor<'static>,
-    others: LocalExecutor<'static>,
+/// What a task belongs to, which determines when it runs.
+#[derive(Clone, Copy)]
+pub(super) enum Class {
+    /// A tunnel: before all others, so that many new sessions do not slow it.
+    Tunnel,
+    /// Accepting, and sessions before their tunnels.
+    Session,
+    /// Sessions of a client that has many: they do not delay the first ones of another client.
+    Crowd,
 }
+
+/// The tasks of a worker, by their class.
+#[derive(Default)]
+struct Tasks([LocalExecutor<'static>; 3]);
 
 /// Spawns a task on the worker of this thread.
-pub(super) fn spawn(task: impl Future<Output = ()> + 'static) {
+pub(super) fn spawn(class: Class, task: impl Future<Output = ()> + 'static) {
     // Dropped only when the worker ends.
     if let Some(tasks) = THIS.with_borrow(|(_, tasks)| tasks.upgrade()) {
-        tasks.others.spawn(task).detach();
-    }
-}
-
-/// Like [`spawn`], for the task of a tunnel.
-pub(super) fn spawn_tunnel(task: impl Future<Output = ()> + 'static) {
-    if let Some(tasks) = THIS.with_borrow(|(_, tasks)| tasks.upgrade()) {
-        tasks.tunnels.spawn(task).detach();
+        tasks.of(class).spawn(task).detach();
     }
 }
 
@@ -63,15 +64,25 @@ pub(super) fn spawn_tunnel(task: impl Future<Output = ()> + 'static) {
 pub(super) type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Like [`spawn`], for tasks that are rare.
-pub(super) fn spawn_boxed(task: impl Future<Output = ()> + 'static) {
-    spawn(Box::pin(task) as BoxedTask);
+pub(super) fn spawn_boxed(class: Class, task: impl Future<Output = ()> + 'static) {
+    spawn(class, Box::pin(task) as BoxedTask);
 }
 
 impl Tasks {
-    /// Runs the tasks until `last`, one of the others, ends. Passes its panic on, so that the worker reports it.
+    fn of(&self, class: Class) -> &LocalExecutor<'static> {
+        let Self([tunnels, sessions, crowd]) = self;
+        match class {
+            Class::Tunnel => tunnels,
+            Class::Session => sessions,
+            Class::Crowd => crowd,
+        }
+    }
+
+    /// Runs the tasks until `last` ends. Passes its panic on, so that the worker reports it.
     async fn run_until(&self, last: Task<()>) {
+        let Self([tunnels, sessions, crowd]) = self;
         while !last.is_finished() {
-            self.tunnels.tick().or(self.others.tick()).await;
+            tunnels.tick().or(sessions.tick()).or(crowd.tick()).await;
             if !self.run_turn() {
                 // Events of tunnels come first.
                 yield_now().await;
@@ -80,19 +91,25 @@ impl Tasks {
         last.await;
     }
 
-    /// Runs the tunnels, and then the others for as long as the tunnels took, but at least for [`MIN_TURN`]. Returns
-    /// false if some are left.
+    /// Runs the tunnels, and then the others for as long as the tunnels took, but each class for at least [`MIN_TURN`].
+    /// Returns false if some are left.
     fn run_turn(&self) -> bool {
+        let Self([tunnels, others @ ..]) = self;
         let began = Instant::now();
-        while self.tunnels.try_tick() {}
-        let tunnel_time = began.elapsed();
-        while self.others.try_tick() {
-            if began.elapsed() > tunnel_time + MIN_TURN.max(tunnel_time) {
-                return false;
-            }
-        }
-        true
+        while tunnels.try_tick() {}
+        let end = Instant::now() + began.elapsed();
+        others.each_ref().map(|tasks| run_for(tasks, end.max(Instant::now() + MIN_TURN))) == [true; 2]
     }
+}
+
+/// Runs tasks until `end`. Returns false if some are left.
+fn run_for(tasks: &LocalExecutor<'_>, end: Instant) -> bool {
+    while tasks.try_tick() {
+        if Instant::now() > end {
+            return false;
+        }
+    }
+    true
 }
 
 /// Returns true in a task that is dropped before its end, because the worker of this thread ends.
@@ -191,15 +208,14 @@ impl WorkerPool {
     async fn run_on_all(&self, call: fn()) {
         let (done, all_done) = channel::bounded::<Infallible>(1);
         for worker in &self.workers {
-            let [done, tunnels_done] = [done.clone(), done.clone()];
+            let done = done.clone();
             worker.send(move || {
-                spawn(async move {
-                    call();
-                    // Tasks run in the order of their wake-ups, so this one and the one among the tunnels end last.
-                    spawn_tunnel(Box::pin(async move { drop(tunnels_done) }) as BoxedTask);
-                    yield_now().await;
-                    drop(done);
-                });
+                call();
+                // The tasks of a class run in the order of their wake-ups, so these end last.
+                for class in [Class::Tunnel, Class::Session, Class::Crowd] {
+                    let done = done.clone();
+                    spawn_boxed(class, async move { drop(done) });
+                }
             });
         }
         drop(done);
@@ -275,7 +291,7 @@ impl Worker {
             counters::set_worker(self.index);
             reactor::publish_socket_count(self.socket_count);
             let _ = self.reports.try_send(WorkerReport::Started);
-            let jobs = tasks.others.spawn(async move {
+            let jobs = tasks.of(Class::Session).spawn(async move {
                 while let Ok(job) = self.inbox.recv().await {
                     job();
                 }
