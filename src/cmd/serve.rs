@@ -43,8 +43,8 @@ pub(super) fn logger(args: &ServeArgs) -> Logger {
 
 /// `command_line` starts a process with these arguments.
 pub(super) fn run(args: ServeArgs, command_line: Vec<String>) -> CliResult {
+    check_actions(&args)?;
     match (&args.users, &args.add_user, &args.remove_user) {
-        (_, Some(_), Some(_)) => return Err(CliError::usage("--add-user and --remove-user cannot be combined")),
         (Some(file), Some(name), _) => return report(args.quiet, users::add_user(file, name)?),
         (Some(file), _, Some(name)) => return report(args.quiet, users::remove_user(file, name)?),
         (None, Some(_), _) => return Err(CliError::usage("--add-user requires --users FILE")),
@@ -71,6 +71,22 @@ pub(super) fn run(args: ServeArgs, command_line: Vec<String>) -> CliResult {
         return report(is_quiet, "check passed: the options and files are valid".into());
     }
     Ok(server::run(options, policy, &|| sources.reload().map_err(|error| error.message))?)
+}
+
+/// Fails if the options request several actions.
+fn check_actions(args: &ServeArgs) -> CliResult {
+    let actions = [
+        ("--add-user", args.add_user.is_some()),
+        ("--remove-user", args.remove_user.is_some()),
+        ("--explain", args.explain.is_some()),
+        ("--show-rules", args.show_rules),
+        ("--check", args.check),
+    ];
+    let mut requested = actions.into_iter().filter_map(|(option, is_set)| is_set.then_some(option));
+    match (requested.next(), requested.next()) {
+        (Some(one), Some(other)) => Err(CliError::usage(format!("{one} and {other} cannot be combined"))),
+        _ => Ok(()),
+    }
 }
 
 fn policy_sources(args: &ServeArgs) -> CliResult<PolicySources> {
