@@ -117,10 +117,12 @@ impl Rules {
         self.user_rules.iter().any(|rule| !rule.conditions.from.is_empty())
     }
 
-    /// Returns all rules in the order for display: the built-in `deny` rules before the built-in `allow`.
+    /// Returns all rules in the order for display: the built-in `deny` rules before the built-in `allow`, which stands
+    /// for the default rule if there is one.
     pub fn in_display_order(&self) -> impl Iterator<Item = &Rule> {
         let built_in_with = |allow: bool| self.built_in.iter().filter(move |rule| rule.conditions.allow == allow);
-        self.user_rules.iter().chain(built_in_with(false)).chain(built_in_with(true)).chain([&self.default_rule])
+        let last = built_in_with(true).next().unwrap_or(&self.default_rule);
+        self.user_rules.iter().chain(built_in_with(false)).chain([last])
     }
 
     /// Decides a request by the first rule that matches. `is_own_listener` detects the listeners of this server. The

@@ -219,7 +219,7 @@ fn built_in_rules_follow_user_rules() {
     let none = Rules::default();
     assert_eq!(
         (none.user_rules().len(), names(&none)),
-        (0, ["own-listener", "protected", "default-allow", "default-deny"].map(Into::into).into())
+        (0, ["own-listener", "protected", "default-allow"].map(Into::into).into())
     );
     let list = rules("allow from=::1\ndeny\n");
     let expected = ["line 1", "line 2", "own-listener", "protected", "default-deny"].map(String::from);
