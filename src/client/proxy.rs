@@ -1,8 +1,10 @@
 //! Proxies, their URLs, and addresses as users write them: a port can be the name of a service.
 
 use std::borrow::Cow;
+use std::ffi::OsString;
 use std::fmt;
 use std::net::Ipv6Addr;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -69,8 +71,12 @@ impl FromStr for Proxy {
             }
             _ => text,
         };
-        let (userinfo, address) =
-            without_scheme.rsplit_once('@').map_or((None, without_scheme), |(user, address)| (Some(user), address));
+        let text = format!("@{without_scheme}");
+        // A path, which may contain `@`, begins with the first `/`, or after `unix:`.
+        let path_at = text.find("@unix:").map(|at| at + 1).into_iter().chain(text.find('/')).min();
+        let (authority, path) = text.split_at(path_at.unwrap_or(text.len()));
+        let (userinfo, host) = authority.rsplit_once('@').unwrap_or_default();
+        let (userinfo, address) = (userinfo.strip_prefix('@'), format!("{host}{path}"));
         let decode = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
         let (uname, credentials) = match userinfo.map(|userinfo| (userinfo, userinfo.split_once(':'))) {
             Some((_, Some((user, passwd)))) => {
@@ -83,16 +89,17 @@ impl FromStr for Proxy {
         let (address, forwards_login) = match address.strip_suffix(CLIENT_LOGIN) {
             Some(_) if userinfo.is_some() => return Err(format!("{CLIENT_LOGIN} and a user cannot be combined")),
             Some(address) => (address, true),
-            None => (address, false),
+            None => (&*address, false),
         };
         let address = address.trim_end_matches('/');
         let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
             _ if address.contains('?') => return Err(format!("a proxy URL has no parameters but {CLIENT_LOGIN}")),
             (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
-            (Some(path), _) => Endpoint::Unix(path.into()),
-            (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
+            (Some(path), _) => Endpoint::Unix(OsString::from_vec(decode(path)).into()),
+            (None, Some(("", path))) => Endpoint::Unix(OsString::from_vec(decode(&format!("/{path}"))).into()),
             _ if address.contains('/') => {
-                return Err("a proxy URL has no path (write unix:/PATH for a Unix socket)".into());
+                let remedy = "write unix:/PATH for a Unix socket, %2F for / in a password, %2C for , in PATH";
+                return Err(format!("a proxy URL has no path ({remedy})"));
             }
             _ => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
         };
@@ -120,8 +127,8 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     };
     let hops = text.split(',').map(parse).collect::<Result<Vec<Proxy>, String>>().map_err(|error| {
         // Quoted text may be a password, or a part of one.
-        let hint = "expected [socks5h://][user:password@]host[:port] or unix:/path; in user and password, write \
-                    %2C %2F %3A %40 %7C %25 for , / : @ | %";
+        let hint = "expected [socks5h://][user:password@]host[:port] or unix:/path; in user, password and \
+                    path, write %2C %2F %3A %3F %40 %7C %25 for , / : ? @ | %";
         if error.contains('"') { hint.into() } else { error }
     })?;
     match hops.iter().skip(1).find(|hop| hop.is_unix()) {

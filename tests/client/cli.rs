@@ -105,6 +105,8 @@ fn error_names_invalid_target() {
 fn usage_error_has_a_remedy_or_refers_to_the_help() {
     let too_many = "too many operands: expected HOST:PORT, or HOST and PORT (see s5 connect --help)";
     let not_a_url = "target: expected HOST:PORT, not a URL (-x takes the URL of a proxy)";
+    let remedy = "write unix:/PATH for a Unix socket, %2F for / in a password, %2C for , in PATH";
+    let no_path = format!("a proxy URL has no path ({remedy})");
     let table = [
         ("connect -lk 9999 a:80", "-l 'k': expected [ADDR:]PORT (-l takes a value: write other options before it)"),
         ("udp -l x a:80", "-l 'x': expected [ADDR:]PORT (-l takes a value: write other options before it)"),
@@ -113,8 +115,8 @@ fn usage_error_has_a_remedy_or_refers_to_the_help() {
         ("connect -l localhost a:1", "-l 'localhost': expected [ADDR:]PORT (write localhost:PORT)"),
         ("connect -x host:0 a:1", "--proxy: the port of a proxy must not be 0 (see s5 connect --help)"),
         ("serve --via u:p@host:0", "--via: the port of a proxy must not be 0 (see s5 serve --help)"),
-        ("bind -x socks://h:1/x", "--proxy: a proxy URL has no path (write unix:/PATH for a Unix socket)"),
-        ("serve --hop a=h/x", "--hop a: a proxy URL has no path (write unix:/PATH for a Unix socket)"),
+        ("bind -x socks://h:1/x", &format!("--proxy: {no_path}")),
+        ("serve --hop a=h/x", &format!("--hop a: {no_path}")),
         ("serve --hop a=|x", "--hop a: empty URL before or after , or | (see s5 serve --help)"),
         ("serve --via x||y", "--via: empty URL before or after , or | (see s5 serve --help)"),
         (

@@ -143,10 +143,11 @@ fn all_addresses_of_the_proxy_are_tried() {
     assert_eq!(outcome(&args, b""), success("hello"));
 }
 
-/// Starts a server on a Unix socket. Returns it, the directory and the path of the socket.
+/// Starts a server on a Unix socket. Returns it, the directory and the path of the socket, which has an `@`.
 fn serve_on_unix_socket() -> (Server, tempfile::TempDir, String) {
     let dir = temp_dir();
-    let path = dir.path().join("s5.sock").display().to_string();
+    fs::create_dir(dir.path().join("s5:x@work")).expect("directory created");
+    let path = dir.path().join("s5:x@work/s5@localhost:1").display().to_string();
     (crate::support::serve(&format!("unix:{path}"), 1, &[]), dir, path)
 }
 
@@ -157,6 +158,23 @@ fn client_connects_to_a_proxy_on_a_unix_socket() {
         assert_eq!(outcome(&format!("connect -x {url} {target}"), b"by path"), success("by path"));
         let mut with_variable = command(&format!("connect {target}"));
         assert_eq!(outcome_of(with_variable.env("ALL_PROXY", &url), b"by path"), success("by path"));
+    }
+}
+
+#[test]
+fn at_sign_in_the_path_of_a_proxy_is_no_login() {
+    let ((_server, dir, path), target) = (serve_on_unix_socket(), echo_server());
+    let (link, encoded) = (dir.path().join("a,b|?%"), format!("{}/a%2Cb%7C%3F%25", dir.path().display()));
+    std::os::unix::fs::symlink(&path, link).expect("link created");
+    for url in [format!("u:p@unix:{path}"), format!("u:p@localhost{path}"), format!("unix:{encoded}")] {
+        assert_eq!(outcome(&format!("connect -x {url} {target}"), b"by path"), success("by path"), "{url}");
+        let via = Server::start(&["--via", &url]);
+        assert_eq!(outcome(&format!("connect -x {} {target}", via.addr()), b"via"), success("via"), "{url}");
+    }
+    for url in ["127.0.0.1:1/topsecret@localhost:1", "socks5h://u:topsecret/x@localhost", "localhost:1/topsecret@h"] {
+        let (status, stderr) = run_client(Some(url), &[]);
+        assert!(status == Some(2) && stderr.contains("a proxy URL has no path"), "{url}: {stderr}");
+        assert!(!stderr.contains("topsecret"), "{url}: {stderr}");
     }
 }
 

@@ -45,8 +45,8 @@ pub(crate) fn syntax(name: &'static str, description: &'static str, argument: &'
 pub struct ClientArgs {
     /// proxy or comma-separated chain (repeatable) [default: S5_PROXY, ALL_PROXY or 127.0.0.1:1080]. URL is
     /// \[socks5h://\]\[USER\[:PASSWORD\]@\]HOST\[:PORT\], \[USER\[:PASSWORD\]@\]unix:/PATH or socks5h://localhost/PATH.
-    /// socks5:// and socks:// are the same as socks5h://. Percent-encoding in user and password is decoded. A chain
-    /// begins with the nearest proxy. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
+    /// socks5:// and socks:// are the same as socks5h://. Percent-encoding in user, password and PATH is decoded (%2C is a
+    /// comma). A chain begins with the nearest proxy. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
     #[argh(option, short = 'x', arg_name = "URL")]
     pub(crate) proxy: Vec<String>,
 
