@@ -166,11 +166,6 @@ pub fn admits_detail() -> bool {
     CURRENT.get().is_none_or(|(_, client)| admit(Topic::Step, Some(client)))
 }
 
-/// Sets the client of [`current_session`], which was not known before.
-pub(super) fn set_current_client(client: ClientKey) {
-    CURRENT.set(current_session().map(|id| (id, client)));
-}
-
 /// Runs the task of a session up to its tunnel, so that [`current_session`] returns its id.
 pub(super) fn in_session(
     id: u32,
@@ -184,13 +179,11 @@ pub(super) fn in_session(
         }
     }
     // Boxed, because an async fn would store the task twice.
-    let (mut task, mut current) = (Box::pin(task), Some((id, client)));
+    let mut task = Box::pin(task);
     poll_fn(move |cx| {
-        CURRENT.set(current);
+        CURRENT.set(Some((id, client)));
         let _leave = Leave;
-        let poll = task.as_mut().poll(cx);
-        current = CURRENT.get();
-        poll
+        task.as_mut().poll(cx)
     })
 }
 

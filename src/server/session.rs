@@ -12,7 +12,7 @@ use std::time::Instant;
 use futures_lite::{AsyncReadExt as _, FutureExt as _};
 
 use super::handshakes::HandshakeGuard;
-use super::log_shares::{Topic, in_session, set_current_client};
+use super::log_shares::{Topic, in_session};
 use super::passwords::Login;
 use super::reply::{LOGIN_REFUSED, SessionError, SessionResult};
 use super::session_log::SessionLog;
@@ -30,8 +30,7 @@ use crate::proto::{
     ProxyHeader, Request,
 };
 
-/// Starts a session on the worker of this thread. One task runs the handshake. Another one runs the tunnel after that,
-/// without the memory of the handshake. The client of a load balancer is not known yet.
+/// Starts a session on the worker of this thread. The client of a load balancer is not known yet.
 pub(super) fn start(server: Arc<Server>, client: Option<SocketAddr>, share: ShareGuard, conn: DetachedConn) {
     let log = SessionLog::new(client);
     let conn = match conn.attach() {
@@ -45,11 +44,26 @@ pub(super) fn start(server: Arc<Server>, client: Option<SocketAddr>, share: Shar
     }
     let (id, client) = (session.log.id, session.log.client_key());
     let handshake = session.server().limiter.handshakes.begin(is_known.then_some(client));
+    if is_known {
+        return serve(session, handshake);
+    }
+    let task = in_session(id, client, async move {
+        match unless(replaced(Some(&handshake)), session.identify_client(&handshake)).await {
+            Ok(()) => serve(session, handshake),
+            Err(error) => end(session, Some(handshake), error).await,
+        }
+    });
+    worker::spawn_boxed(Class::Session, task);
+}
+
+/// Serves a client. One task runs the handshake. Another one runs the tunnel after that, without the memory of the
+/// handshake.
+fn serve(mut session: Session, handshake: HandshakeGuard) {
+    let (id, client) = (session.log.id, session.log.client_key());
     let class = if session.permit.share.is_of_crowd() { Class::Crowd } else { Class::Session };
     let task = in_session(id, client, async move {
         let mut handshake = Some(handshake);
-        let logged_in = session.log_in(handshake.as_ref());
-        let result = match unless(replaced(handshake.as_ref()), logged_in).await {
+        let result = match unless(replaced(handshake.as_ref()), session.log_in()).await {
             Ok(mut login) => {
                 if let Some(protection) = login.protection.take() {
                     session.conn = session.conn.protect(protection);
@@ -67,23 +81,26 @@ pub(super) fn start(server: Arc<Server>, client: Option<SocketAddr>, share: Shar
         match result {
             Ok(Some(target)) => Tunnel::new(session, target).start(),
             Ok(None) => {}
-            Err(error) => {
-                session.log.rep = error.rep.or(session.log.rep);
-                session.log.set_error_of(error.topic, error.reason);
-                // Logs the session now: closing can take seconds.
-                let Session { permit: _permit, log, conn, .. } = session;
-                drop(log);
-                if !error.reply.is_empty() {
-                    let close = async {
-                        conn.close_gracefully(&error.reply).await;
-                        Ok(())
-                    };
-                    let _ = unless(replaced(handshake.as_ref()), close).await;
-                }
-            }
+            Err(error) => end(session, handshake, error).await,
         }
     });
     worker::spawn(class, task);
+}
+
+/// Ends a session with an error.
+async fn end(mut session: Session, handshake: Option<HandshakeGuard>, error: SessionError) {
+    session.log.rep = error.rep.or(session.log.rep);
+    session.log.set_error_of(error.topic, error.reason);
+    // Logs the session now: closing can take seconds.
+    let Session { permit: _permit, log, conn, .. } = session;
+    drop(log);
+    if !error.reply.is_empty() {
+        let close = async {
+            conn.close_gracefully(&error.reply).await;
+            Ok(())
+        };
+        let _ = unless(replaced(handshake.as_ref()), close).await;
+    }
 }
 
 /// Waits until an unfinished handshake has to end for a new connection, and returns the error.
@@ -119,11 +136,7 @@ impl Authenticated {
 
 impl Session {
     /// Selects a method and authenticates the client.
-    async fn log_in(&mut self, handshake: Option<&HandshakeGuard>) -> SessionResult<Authenticated> {
-        if self.server().options.is_balancer(self.log.client()) {
-            // Boxed: other clients take no memory for it.
-            Box::pin(self.identify_client(handshake)).await?;
-        }
+    async fn log_in(&mut self) -> SessionResult<Authenticated> {
         let has_sent = Cell::new(false);
         let selected = timeout_at(self.deadline, self.select_method(|| has_sent.set(true))).await;
         let selected = selected.unwrap_or_else(|| Err(self.timed_out()));
@@ -181,13 +194,12 @@ impl Session {
 
     /// Reads the header of the PROXY protocol, and then applies the limits and rules that apply to other clients at
     /// accept. Until then, the connection counts against no client.
-    async fn identify_client(&mut self, handshake: Option<&HandshakeGuard>) -> SessionResult<()> {
+    async fn identify_client(&mut self, handshake: &HandshakeGuard) -> SessionResult<()> {
         if let Some(client) = self.read_proxy_header().await? {
             self.log.set_forwarded_client(client);
         }
         let key = self.log.client_key();
-        set_current_client(key);
-        handshake.iter().for_each(|handshake| handshake.assign(key));
+        handshake.assign(key);
         let SessionPermit { server, share, .. } = &mut self.permit;
         if !server.limiter.admit_client(share, self.log.client()) {
             return Err(SessionError::silent("limit of connections of this client reached").quiet());

@@ -27,6 +27,8 @@ const SILENT_ADDRS: &str = "many.test";
 /// A server, and what the attacks need.
 struct Lab {
     server: Server,
+    /// All clients are forwarded by a load balancer.
+    is_balanced: bool,
     /// Accepts no connection.
     silent: FullBacklog,
     tcp_sink: SocketAddr,
@@ -76,15 +78,19 @@ const ATTACKS: [(&str, usize, Step); 12] = [
 ];
 
 impl Lab {
-    fn start(users: &str) -> Self {
+    fn start(users: &str, is_balanced: bool) -> Self {
         let (target, tcp_sink) = listener(V4);
         thread::spawn(move || {
             target.incoming().flatten().for_each(|mut stream| {
                 thread::spawn(move || io::copy(&mut stream, &mut io::sink()));
             })
         });
+        let args = ["--users", users, "--auth", "none,password", "--deny", "to=192.0.2.0/24"];
+        let from: &[&str] =
+            if is_balanced { &["--proxy-protocol-from", "127.0.0.0/8", "--allow-open-relay"] } else { &[] };
         Self {
-            server: Server::start(&["--users", users, "--auth", "none,password", "--deny", "to=192.0.2.0/24"]),
+            server: Server::start(&[&args, from].concat()),
+            is_balanced,
             silent: FullBacklog::at(ANY),
             tcp_sink,
             udp_echo: udp_echo_server(V4),
@@ -102,10 +108,18 @@ impl Lab {
     }
 
     fn hold_from(&self, source: Ipv4Addr, held: &mut Vec<TcpStream>, bytes: &[u8]) -> io::Result<()> {
-        let mut stream = connect_from_ip(&self.server, source);
+        let mut stream = self.connect(source)?;
         stream.write_all(bytes)?;
         held.push(stream);
         Ok(())
+    }
+
+    fn connect(&self, source: Ipv4Addr) -> io::Result<TcpStream> {
+        let mut stream = connect_from_ip(&self.server, source);
+        if self.is_balanced {
+            stream.write_all(format!("PROXY TCP4 {source} 127.0.0.1 1 1\r\n").as_bytes())?;
+        }
+        Ok(stream)
     }
 
     fn hold_request(&self, held: &mut Vec<TcpStream>, request: &[u8]) -> io::Result<()> {
@@ -141,18 +155,18 @@ impl Lab {
 
 /// The other client, with an open tunnel.
 struct Other<'a> {
-    server: &'a Server,
+    lab: &'a Lab,
     echo: SocketAddr,
     tunnel: TcpStream,
 }
 
 impl<'a> Other<'a> {
-    fn connect(server: &'a Server, echo: SocketAddr) -> Self {
-        Self { server, echo, tunnel: Self::open(server, echo) }
+    fn connect(lab: &'a Lab, echo: SocketAddr) -> Self {
+        Self { lab, echo, tunnel: Self::open(lab, echo) }
     }
 
-    fn open(server: &Server, echo: SocketAddr) -> TcpStream {
-        let mut stream = connect_from_ip(server, OTHER);
+    fn open(lab: &Lab, echo: SocketAddr) -> TcpStream {
+        let mut stream = lab.connect(OTHER).expect("connected");
         stream.set_nodelay(true).expect("option set");
         stream.write_all(&[5, 1, 0]).expect("greeting sent");
         assert_eq!(read_exact(&mut stream, 2), [5, 0]);
@@ -166,7 +180,7 @@ impl<'a> Other<'a> {
         let (mut round_trips, mut new_clients) = (Vec::new(), Vec::new());
         for _ in 0..200 {
             round_trips.extend((0..5).map(|_| timed(|| ping(&mut self.tunnel, b"round trip")).0));
-            new_clients.push(timed(|| ping(&mut Self::open(self.server, self.echo), b"new client")).0);
+            new_clients.push(timed(|| ping(&mut Self::open(self.lab, self.echo), b"new client")).0);
         }
         [round_trips, new_clients].map(|mut times| {
             times.sort_unstable();
@@ -195,7 +209,7 @@ fn private_kib(server: &Server) -> usize {
 /// Runs one attack and measures what the other client notices. `limits` are those of round trips and new clients.
 fn run(lab: &Lab, echo: SocketAddr, attack: (&str, usize, Step), limits: [Duration; 2]) -> Result<(), String> {
     let (name, limit, step) = attack;
-    let mut other = Other::connect(&lab.server, echo);
+    let mut other = Other::connect(lab, echo);
     let quiet = other.measure();
     let (descriptors, memory) = (lab.server.descriptors(), private_kib(&lab.server));
     let is_over = AtomicBool::new(false);
@@ -257,7 +271,7 @@ fn attack_of_one_address_does_not_slow_other_clients() {
     let Some((_machine, _dir, users, echo)) = set_up() else { return };
     start_dns();
     for attack in ATTACKS {
-        try_three_times(|| run(&Lab::start(&users), echo, attack, [MAX_ROUND_TRIP, MAX_NEW_CLIENT]));
+        try_three_times(|| run(&Lab::start(&users, false), echo, attack, [MAX_ROUND_TRIP, MAX_NEW_CLIENT]));
     }
 }
 
@@ -265,6 +279,16 @@ fn attack_of_one_address_does_not_slow_other_clients() {
 #[test]
 fn tunnels_and_new_clients_run_before_a_crowd_on_a_server_that_computes_all_the_time() {
     enter_namespace!("", &resolv());
+    run_on_own_core(false);
+}
+
+#[test]
+fn tunnels_and_new_clients_run_before_a_crowd_behind_a_load_balancer() {
+    enter_namespace!("", &resolv());
+    run_on_own_core(true);
+}
+
+fn run_on_own_core(is_balanced: bool) {
     if CORES.len() < 2 {
         return record_skip("this machine has one core");
     }
@@ -273,7 +297,7 @@ fn tunnels_and_new_clients_run_before_a_crowd_on_a_server_that_computes_all_the_
     start_dns();
     try_three_times(|| {
         choose_core(true);
-        let lab = Lab::start(&users);
+        let lab = Lab::start(&users, is_balanced);
         choose_core(false);
         run(&lab, echo, ATTACKS[3], [MAX_ON_OWN_CORE, MAX_NEW_CLIENT])
     });
@@ -284,8 +308,8 @@ fn tunnels_and_new_clients_run_before_a_crowd_on_a_server_that_computes_all_the_
 fn new_clients_are_served_beside_4000_idle_tunnels_and_4000_unfinished_handshakes() {
     enter_namespace!("", &resolv());
     let Some((_machine, _dir, users, echo)) = set_up() else { return };
-    let (lab, quiet) = (Lab::start(&users), Lab::start(&users));
-    let [mut other, mut quiet] = [&lab, &quiet].map(|lab| Other::connect(&lab.server, echo));
+    let (lab, quiet) = (Lab::start(&users, false), Lab::start(&users, false));
+    let [mut other, mut quiet] = [&lab, &quiet].map(|lab| Other::connect(lab, echo));
     let (_, _, step) = ATTACKS[5];
     let mut held = Vec::new();
     (0..8000).for_each(|_| step(&lab, &mut held).expect("connected"));
