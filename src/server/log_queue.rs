@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, OnceLock};
 use std::thread::{Builder, sleep};
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,9 @@ const MAX_LINES: usize = 4096;
 const PAUSE: Duration = Duration::from_millis(10);
 /// Pause after a line about lost lines, because a disk can become full many times a second.
 const PAUSE_AFTER_REPORT: Duration = Duration::from_millis(200);
-/// Time to write the queued lines at the exit.
+/// Time to write the queued lines of the access log at the exit.
+const ACCESS_LOG_FLUSH_TIMEOUT: Duration = Duration::from_millis(700);
+/// Time to write those of both queues. The difference is more than a pause of the thread that writes to stderr.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 static STDERR: Queue = Queue::new();
@@ -64,6 +66,8 @@ struct Queue {
     waiting: AtomicUsize,
     /// Lines that were lost since the last report.
     lost: AtomicU64,
+    /// Path of the file, unless it is stderr.
+    path: OnceLock<String>,
 }
 
 impl Queue {
@@ -74,11 +78,13 @@ impl Queue {
             is_started: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
             lost: AtomicU64::new(0),
+            path: OnceLock::new(),
         }
     }
 
     /// Starts the thread. It writes to stderr if there is no file.
     fn start(&'static self, name: &str, mut file: Option<(AccessLog, File)>) -> io::Result<()> {
+        file.iter().for_each(|(log, _)| drop(self.path.set(log.path.display().to_string())));
         Builder::new().name(name.into()).spawn(move || self.run(&mut file))?;
         self.is_started.store(true, Ordering::Release);
         Ok(())
@@ -120,11 +126,10 @@ impl Queue {
                 self.waiting.fetch_sub(1, Ordering::Release);
                 error = written.err().or(error);
             }
-            let path = file.as_ref().map(|(log, _)| log.path.display().to_string());
-            let is_reported = match (path, &error) {
-                (None, _) if is_written => self.report("error=\"stderr was not read, or had an error\""),
-                (Some(path), None) => self.report(&format!("file={path:?} error=\"the disk was too slow\"")),
-                (Some(path), Some(error)) if is_written => self.report(&format!("file={path:?} error=\"{error}\"")),
+            let is_reported = match (self.path.get(), &error) {
+                (None, _) if is_written => self.report("stderr was not read, or had an error"),
+                (Some(_), None) => self.report("the disk was too slow"),
+                (Some(_), Some(error)) if is_written => self.report(&error.to_string()),
                 (Some(path), Some(error)) if !had_error => {
                     log::error!("--access-log {path}: {error}; lines are lost until it can be written");
                     true
@@ -137,10 +142,11 @@ impl Queue {
     }
 
     /// Logs the number of lines that were lost since the last report. Returns whether there were any.
-    fn report(&self, fields: &str) -> bool {
+    fn report(&self, error: &str) -> bool {
         let lost = self.lost.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            log::warn!(target: LOGFMT_TARGET, "msg=lost lines={lost} {fields}");
+            let file = self.path.get().map(|path| format!(" file={path:?}")).unwrap_or_default();
+            log::warn!(target: LOGFMT_TARGET, "msg=lost lines={lost}{file} error={error:?}");
         }
         lost > 0
     }
@@ -202,10 +208,12 @@ pub(super) fn reopen_access_log() {
 
 /// Waits until the queued lines are written, for at most a second.
 pub fn flush() {
-    let deadline = Instant::now() + FLUSH_TIMEOUT;
-    ACCESS_LOG.flush(deadline);
-    ACCESS_LOG.report("error=\"the access log could not be written\"");
-    STDERR.flush(deadline);
+    let now = Instant::now();
+    ACCESS_LOG.flush(now + ACCESS_LOG_FLUSH_TIMEOUT);
+    // The process ends before the others are written.
+    ACCESS_LOG.lost.fetch_add(ACCESS_LOG.waiting.load(Ordering::Acquire) as u64, Ordering::Relaxed);
+    ACCESS_LOG.report("the access log could not be written");
+    STDERR.flush(now + FLUSH_TIMEOUT);
 }
 
 /// Starts the threads.

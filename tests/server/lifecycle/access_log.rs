@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::{MetadataExt as _, chown, lchown};
 
+use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::{Signal, kill_process};
 
 use crate::*;
@@ -209,13 +210,20 @@ fn pipe_that_is_not_read_stops_neither_sessions_nor_signals() {
     assert!(Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs").success());
     let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--access-log", &pipe]), b"", TIMEOUT);
     assert_fails_with(&output, 23, &["--access-log", "no such device or address (a pipe needs a reader, and"]);
-    let _reader = fs::File::options().read(true).write(true).open(&pipe).expect("pipe opened");
+    let mut reader = fs::File::options().read(true).write(true).open(&pipe).expect("pipe opened");
     let mut server = Server::start(&["--access-log", &pipe, "--drain-timeout", "60"]);
     (0..600).for_each(|_| run_session(&server));
     server.reload();
     run_session(&server);
     server.signal("TERM");
     assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+    // At the exit, the lines that wait are lost, and stderr has their number.
+    let log = server.wait_log(|log| lost(log) > 0);
+    assert!(log.contains(&format!(" file=\"{pipe}\" error=\"the access log could not be written\"\n")), "{log}");
+    fcntl_setfl(&reader, OFlags::NONBLOCK).expect("flags set");
+    let mut written = Vec::new();
+    let _ = reader.read_to_end(&mut written);
+    assert_eq!(String::from_utf8_lossy(&written).matches(" msg=session ").count() + lost(&log), 601, "{log}");
 }
 
 #[test]
