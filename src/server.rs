@@ -64,7 +64,7 @@ use limiter::{DialShares, Limiter};
 use listen::KEEP_SOCKET_FILES;
 pub use listen::{ListenAddr, Listener};
 pub use local_addr::is_local;
-pub use log_queue::{AccessLog, access_line, eprint_line, flush};
+pub use log_queue::{AccessLog, access_line, eprint_line, flush, start_stderr_thread};
 pub use log_shares::{ACCESS_TARGET, LOGFMT_TARGET, admits_detail, current_session};
 use logins::Logins;
 use notify::Notifier;

@@ -179,7 +179,7 @@ impl AccessLog {
     }
 }
 
-/// Writes a line to stderr: through the queue while the server runs, otherwise directly, which may block.
+/// Writes a line to stderr: through the queue if its thread runs, otherwise directly, which may block.
 pub fn eprint_line(line: &str) {
     let line = format!("{line}\n");
     if STDERR.is_started.load(Ordering::Acquire) && !WRITES_STDERR.get() {
@@ -216,9 +216,14 @@ pub fn flush() {
     STDERR.flush(now + FLUSH_TIMEOUT);
 }
 
+/// Starts the thread for stderr.
+pub fn start_stderr_thread() -> io::Result<()> {
+    STDERR.start("s5-log", None)
+}
+
 /// Starts the threads.
 pub(super) fn start(access_log: Option<(AccessLog, File)>) -> io::Result<()> {
-    STDERR.start("s5-log", None)?;
+    start_stderr_thread()?;
     access_log.map_or(Ok(()), |log| ACCESS_LOG.start("s5-access-log", Some(log)))
 }
 

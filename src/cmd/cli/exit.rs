@@ -16,8 +16,8 @@ use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::net::DialError;
 use crate::proto::Rep;
 use crate::server::ServerError;
-pub use crate::server::eprint_line;
 use crate::server::report_failed_start;
+pub use crate::server::{eprint_line, start_stderr_thread};
 
 /// An exit status. The numbers are stable. Errors that curl(1) also reports have curl's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

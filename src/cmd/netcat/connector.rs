@@ -376,6 +376,7 @@ impl SignalWatch {
     /// Ends the process if a signal has arrived, as that signal does without a handler.
     fn raise(&self) {
         if let Some(signal) = self.received.get() {
+            log::logger().flush();
             let _ = signal_hook::low_level::emulate_default_handler(signal as i32);
         }
     }

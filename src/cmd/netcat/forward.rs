@@ -13,7 +13,7 @@ use super::connector::{Connector, ModeFuture};
 use super::report::SessionReport;
 use super::tunnel::relay_result;
 use crate::client::Client;
-use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus};
+use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, start_stderr_thread};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::net::{
     self, ACCEPT_RETRY_DELAY, Interest, Io, RelayError, RelayOp, RelayOptions, Stream, UNDELIVERED_GRACE, relay,
@@ -21,7 +21,7 @@ use crate::net::{
 };
 use crate::proto::{Addr, Command};
 
-/// Opens a socket on a local address with `bind`, and prints the address.
+/// Opens a socket on a local address with `bind`, and prints the address. From then on, another thread writes to stderr.
 pub(crate) fn listen<T: AsFd>(
     connector: &Connector,
     addr: SocketAddr,
@@ -36,6 +36,9 @@ pub(crate) fn listen<T: AsFd>(
     let (socket, local) = open().map_err(|error: io::Error| {
         CliError::new(ExitStatus::LOCAL_ADDR, format!("listen on {addr}: {error} (choose another with -l)"))
     })?;
+    // One reader of stderr that has stopped must not stop all connections.
+    start_stderr_thread()
+        .map_err(|error| CliError::new(ExitStatus::FAILURE, format!("start a thread for stderr: {error}")))?;
     connector.print_line(&format!("listening on {local}"));
     Ok(socket)
 }

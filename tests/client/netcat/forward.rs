@@ -6,7 +6,7 @@ use crate::udp::{associating_proxy, datagram, receive, socket};
 use crate::*;
 
 /// The address that a client with -l listens on.
-fn listening_address(client: &RunningProgram) -> SocketAddr {
+pub fn listening_address(client: &RunningProgram) -> SocketAddr {
     let stderr = client.stderr(|stderr| stderr.lines().any(|line| line.starts_with("listening on ")));
     let line = stderr.lines().find_map(|line| line.strip_prefix("listening on ")).expect("the address is printed");
     line.parse().expect("valid address")
@@ -113,6 +113,36 @@ fn forward_recovers_from_descriptor_exhaustion() {
 }
 
 #[test]
+fn forward_goes_on_while_stderr_is_not_read() {
+    let (_server, proxy) = serve();
+    for args in ["connect -l 0 -k --json -v", "connect -l 0 -k -v", "udp -l 0 --json -v"] {
+        let (reader, writer) = io::pipe().expect("pipe opened");
+        rustix::pipe::fcntl_setpipe_size(&writer, 4096).expect("size set");
+        let target = if args.starts_with("udp") { udp_echo_server(V4) } else { echo_server() };
+        let mut command = command(&format!("{args} -x {proxy} {target}"));
+        let mut client = ProcessGroup::start(command.stdin(Stdio::null()).stderr(writer));
+        let mut line = String::new();
+        BufReader::with_capacity(64, reader.try_clone().expect("cloned")).read_line(&mut line).expect("line read");
+        let at = line.trim_end().strip_prefix("listening on ").expect("the address is printed").parse().expect("valid");
+        let open = || {
+            let local = TcpStream::connect(at).expect("the listener accepts");
+            local.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+            local
+        };
+        let mut first = (!args.starts_with("udp")).then(open);
+        for _ in 0..120 {
+            match &mut first {
+                Some(first) => [&mut open(), first].into_iter().for_each(|stream| ping(stream, b"x")),
+                None => exchange(&socket(), at, b"x"),
+            }
+        }
+        rustix::process::kill_process(client.pid(), rustix::process::Signal::TERM).expect("the client runs");
+        wait_until("a signal ends the client", TIMEOUT, || client.has_ended());
+        drop(reader);
+    }
+}
+
+#[test]
 fn invalid_listen_address_or_port_in_use_is_an_error() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("free port");
     let at = taken.local_addr().expect("local address").to_string();
@@ -121,7 +151,8 @@ fn invalid_listen_address_or_port_in_use_is_an_error() {
     }
 }
 
-fn exchange(socket: &UdpSocket, at: SocketAddr, data: &[u8]) {
+/// Sends a datagram, and expects it back.
+pub fn exchange(socket: &UdpSocket, at: SocketAddr, data: &[u8]) {
     socket.send_to(data, at).expect("datagram sent");
     assert_eq!(receive(socket), (data.to_vec(), at));
 }

@@ -2,6 +2,8 @@
 
 use std::os::unix::process::ExitStatusExt as _;
 
+use super::forward::{exchange, listening_address};
+use crate::udp::socket;
 use crate::*;
 
 /// Evaluates a Python expression on `o`, the object in the last line of stderr.
@@ -235,6 +237,10 @@ fn signal_ends_the_client_after_the_object_of_each_session() {
         ends(&format!("udp --json --direct {udp_echo}"), 1, "\"up\":5", &|client| {
             client.write(b"hello\n");
             client.stdout(|stdout| stdout == b"hello\n");
+        });
+        ends(&format!("udp -l 0 --json -v --direct {udp_echo}"), 2, "\"up\":5", &|client| {
+            let at = listening_address(client);
+            [socket(), socket()].iter().for_each(|socket| exchange(socket, at, b"hello"));
         });
         let dir = temp_dir();
         let objects = dir.path().join("objects");
