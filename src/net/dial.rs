@@ -175,7 +175,7 @@ impl DialLimits for Unlimited {}
 
 /// Connects to the first of `addrs` that accepts (RFC 8305), and returns it too. [`alternate_families`] determines
 /// their order. The next attempt starts after 250 ms, or at once if one fails. If too many are running, it replaces the
-/// oldest. Sets the options of [`set_tcp_options`], but leaves keepalive to the caller.
+/// oldest, and has a second itself. Sets the options of [`set_tcp_options`], but leaves keepalive to the caller.
 ///
 /// # Errors
 /// The most specific error of all attempts. Attempts that are still running at `deadline` count as timed out.
@@ -195,17 +195,20 @@ pub async fn dial(
     let reachable: Vec<SocketAddr> = addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect();
     let mut queue = VecDeque::from(alternate_families(&reachable));
     let mut attempts = VecDeque::new();
-    let mut most_specific = None;
+    let (mut most_specific, mut delay) = (None, ATTEMPT_DELAY);
     let most_specific = loop {
         match queue.pop_front() {
             Some(addr) => {
                 let is_replaced = replace_or_add(&mut attempts, limits, Box::pin(attempt(addr, local)));
                 most_specific = most_specific.max(is_replaced.then_some(DialError::TimedOut));
+                // Each attempt has a second, also if fewer run at the same time.
+                let running = if is_replaced { attempts.len() } else { MAX_ATTEMPTS };
+                delay = ATTEMPT_DELAY * (MAX_ATTEMPTS / running.max(1)) as u32;
             }
             None if attempts.is_empty() => break most_specific,
             None => {}
         }
-        let pause = if queue.is_empty() { deadline } else { deadline.min(Instant::now() + ATTEMPT_DELAY) };
+        let pause = if queue.is_empty() { deadline } else { deadline.min(Instant::now() + delay) };
         match timeout_at(pause, first_done(&mut attempts)).await {
             Some(Ok(dialed)) => return Ok(dialed),
             Some(Err(error)) => most_specific = most_specific.max(Some(error)),

@@ -95,6 +95,13 @@ fn attempts_of_a_connection_are_limited_and_the_oldest_is_closed_for_the_next() 
     drop(client);
 }
 
+/// Returns the number of connections that this namespace has begun.
+fn connections_opened() -> usize {
+    let counters = std::fs::read_to_string("/proc/net/snmp").expect("file read");
+    let tcp = counters.lines().filter(|line| line.starts_with("Tcp:")).nth(1).expect("values of TCP");
+    tcp.split(' ').nth(5).and_then(|opened| opened.parse().ok()).expect("ActiveOpens")
+}
+
 #[test]
 fn attempts_of_one_client_are_limited_and_do_not_delay_other_clients() {
     const REQUESTS: usize = 100;
@@ -104,13 +111,16 @@ fn attempts_of_one_client_are_limited_and_do_not_delay_other_clients() {
     let server = Server::start(&["--connect-timeout", "60"]);
     let idle = idle_descriptors(&server);
     let requests: Vec<_> = (0..REQUESTS).map(|_| request_many(&server, V4, port)).collect();
-    let started = Instant::now();
+    let (started, opened) = (Instant::now(), connections_opened());
     // A replaced attempt and its successor may both be counted, because the descriptors are not listed at once.
     let descriptors = || (0..3).map(|_| server.descriptors()).min().expect("three counts");
     while started.elapsed() < Duration::from_millis(1500) {
         let now = descriptors();
         assert!(now <= idle + 2 * REQUESTS + CLIENT_SHARE, "{now} descriptors, {idle} when idle");
     }
+    // Most sessions have one attempt at a time: the second one after 250 ms, and then one each second.
+    let opened = connections_opened() - opened;
+    assert!(opened <= 4 * REQUESTS, "{opened} attempts");
     // One of the two addresses is silent. Another client tries the other one after 250 ms.
     for (silent, listening) in [("127.0.0.2", "127.0.0.3"), ("127.0.0.3", "127.0.0.2")] {
         let silent = FullBacklog::at(SocketAddr::new(silent.parse().expect("an address"), 0));
