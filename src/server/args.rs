@@ -174,7 +174,7 @@ pub struct ServeArgs {
     pub explain: Option<String>,
 
     /// check options and files as at a start, then exit. s5 opens no port. The exit status is that of a start that
-    /// fails, or 0.
+    /// fails, or 0. An address in use is no error, because the server may be running.
     #[argh(switch)]
     pub check: bool,
 

@@ -213,7 +213,7 @@ async fn listen_on_port(
     ports: Option<&PortRange>,
 ) -> io::Result<TcpListener> {
     // The backlog has room for other peers too, whose connections are accepted and closed.
-    let bind = |local| listen_tcp(local, is_v6_only, 16, set_outbound_options);
+    let bind = |local| listen_tcp(local, is_v6_only, Some(16), set_outbound_options);
     let wished = wished.filter(|port| ports.is_none_or(|ports| ports.0.contains(port)));
     match wished.and_then(|port| bind(with_port(local, port)).ok()) {
         Some(listener) => Ok(listener),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::fs::{Access, access};
 use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -112,17 +113,27 @@ impl ListenAddr {
         // The kernel chooses the port for the first address; it may be in use at another one.
         let may_retry = addrs.first().is_some_and(|addr| addr.port() == 0);
         for _ in 1..MAX_PORT_ATTEMPTS {
-            match bind_all(&addrs) {
+            match bind_all(&addrs, Some(LISTEN_BACKLOG)) {
                 Err((_, error)) if may_retry && error.kind() == io::ErrorKind::AddrInUse => {}
                 result => return result,
             }
         }
-        bind_all(&addrs)
+        bind_all(&addrs, Some(LISTEN_BACKLOG))
+    }
+
+    /// Returns the error of [`bind`](Self::bind), but opens no port and creates no file. `addrs` are the resolved ones.
+    /// The server whose options are checked may be running, so addresses and sockets in use are not an error.
+    pub(super) fn check(&self, addrs: &[SocketAddr]) -> Result<(), (String, io::Error)> {
+        match self {
+            Self::Unix(path) => check_unix(path).map_err(|error| (self.to_string(), error)),
+            _ => bind_all(addrs, None).map(drop),
+        }
     }
 }
 
-/// Binds each address. With port 0, all get the port that the kernel chooses for the first one.
-fn bind_all(addrs: &[SocketAddr]) -> Result<Vec<Listener>, (String, io::Error)> {
+/// Binds each address. With port 0, all get the port that the kernel chooses for the first one. Without a backlog, an
+/// address may be in use.
+fn bind_all(addrs: &[SocketAddr], backlog: Option<i32>) -> Result<Vec<Listener>, (String, io::Error)> {
     let mut listeners = Vec::<Listener>::new();
     let mut unavailable = ("the name".to_owned(), io::ErrorKind::AddrNotAvailable.into());
     for mut addr in addrs.iter().copied() {
@@ -132,10 +143,11 @@ fn bind_all(addrs: &[SocketAddr]) -> Result<Vec<Listener>, (String, io::Error)> 
         if listeners.iter().any(|listener| listener.addr == Some(addr)) {
             continue;
         }
-        let bound = listen_tcp(addr, true, LISTEN_BACKLOG, |_| Ok(()));
+        let bound = listen_tcp(addr, true, backlog, |_| Ok(()));
         match bound.and_then(|socket| Listener::new(socket.into(), "", false)) {
             Ok(listener) => listeners.push(listener),
             Err(error) => match Errno::from_io_error(&error) {
+                Some(Errno::ADDRINUSE) if backlog.is_none() => return Ok(listeners),
                 // This machine does not have the family.
                 Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => unavailable = (addr.to_string(), error),
                 _ => return Err((addr.to_string(), error)),
@@ -145,11 +157,11 @@ fn bind_all(addrs: &[SocketAddr]) -> Result<Vec<Listener>, (String, io::Error)> 
     if listeners.is_empty() { Err(unavailable) } else { Ok(listeners) }
 }
 
-/// Returns a non-blocking listening socket. `prepare` is called before it is bound.
+/// Returns a non-blocking socket, which listens if there is a backlog. `prepare` is called before it is bound.
 pub(super) fn listen_tcp(
     addr: SocketAddr,
     is_v6_only: bool,
-    backlog: i32,
+    backlog: Option<i32>,
     prepare: impl FnOnce(&Socket) -> io::Result<()>,
 ) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
@@ -161,8 +173,17 @@ pub(super) fn listen_tcp(
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into()).map_err(|error| bind_error(error, addr))?;
     set_tcp_options(&socket);
-    socket.listen(backlog)?;
+    backlog.map_or(Ok(()), |backlog| socket.listen(backlog))?;
     Ok(socket.into())
+}
+
+/// Returns the error of [`bind_unix`], but creates no file.
+fn check_unix(path: &Path) -> io::Result<()> {
+    SockAddr::unix(path)?;
+    match path.symlink_metadata() {
+        Ok(file) if !file.file_type().is_socket() => Err(Errno::ADDRINUSE.into()),
+        _ => Ok(access(Path::new(".").join(path).parent().unwrap_or(path), Access::WRITE_OK | Access::EXEC_OK)?),
+    }
 }
 
 fn bind_unix(path: &Path) -> io::Result<Listener> {

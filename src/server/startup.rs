@@ -42,10 +42,10 @@ pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError
     let inherited = take(&mut options.inherited);
     let mut addrs: Vec<SocketAddr> = inherited.iter().flat_map(Listener::addrs).collect();
     for listen in options.listen.iter().filter(|_| inherited.is_empty()) {
-        addrs.extend(resolve_free(listen, "--listen", &addrs)?);
+        addrs.extend(check_listen(listen, &addrs, &options)?);
     }
     if let Some(listen) = &options.metrics {
-        policy.metrics_addrs = resolve_free(listen, "--metrics", &addrs)?;
+        policy.metrics_addrs = check_listen(listen, &addrs, &options)?;
     }
     prepare(&mut policy, &options, addrs)?();
     let Some(AccessLog { path, check, .. }) = options.access_log else { return Ok(()) };
@@ -101,18 +101,21 @@ fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerErr
     ServerError::Io(format!("listen on {addr}"), with_remedy)
 }
 
-/// Returns the addresses to bind. Fails as bind(2) would if address and port conflict with one of `others`.
-fn resolve_free(listen: &ListenAddr, option: &str, others: &[SocketAddr]) -> Result<Vec<SocketAddr>, ServerError> {
+/// Returns the addresses to bind. Fails as bind(2) would, also if address and port conflict with one of `others`, or if
+/// the options have the path of a Unix socket twice.
+fn check_listen(listen: &ListenAddr, others: &[SocketAddr], options: &Options) -> Result<Vec<SocketAddr>, ServerError> {
+    let option = if options.metrics.as_ref() == Some(listen) { "--metrics" } else { "--listen" };
     let addrs = listen.resolve().map_err(|error| listen_error(listen, error, option))?;
     let is_used = |addr: &&SocketAddr| {
         let is_any = |other: &SocketAddr| addr.ip().is_unspecified() || other.ip().is_unspecified();
         let is_same = |other: &SocketAddr| addr.is_ipv4() == other.is_ipv4() && addr.port() == other.port();
         addr.port() != 0 && others.iter().any(|other| *addr == other || is_same(other) && is_any(other))
     };
-    match addrs.iter().find(is_used) {
-        Some(addr) => Err(listen_error(addr, Errno::ADDRINUSE.into(), option)),
-        None => Ok(addrs),
-    }
+    let mut same = options.listen.iter().chain(&options.metrics).filter(|other| *other == listen);
+    let is_repeated = matches!(listen, ListenAddr::Unix(_)) && same.nth(1).is_some();
+    let used = addrs.iter().find(is_used).map(ToString::to_string).or(is_repeated.then(|| listen.to_string()));
+    let checked = used.map_or_else(|| listen.check(&addrs), |addr| Err((addr, Errno::ADDRINUSE.into())));
+    checked.map(|()| addrs).map_err(|(addr, error)| listen_error(addr, error, option))
 }
 
 /// Opens the sockets for metrics.

@@ -12,9 +12,11 @@ fn check_of_a_valid_configuration_prints_one_line_and_opens_no_port() {
     let users = write_file(dir.path(), "users", "");
     let rules = write_file(dir.path(), "rules", "allow from=loopback\n");
     let socket = dir.path().join("s5.sock");
-    // A server that is running has the port.
+    let metrics = format!("unix:{}/metrics", dir.path().display());
+    // A server that is running has the port and the path.
+    let _running = Server::start(&["--metrics", &metrics]);
     let args = format!(
-        "--listen {} --listen unix:{} --listen *:1080 --users {users} --rules {rules}",
+        "--listen {} --listen unix:{} --listen *:1080 --users {users} --rules {rules} --metrics {metrics}",
         server.addr(),
         socket.display()
     );
@@ -58,9 +60,9 @@ fn check_fails_like_a_start() {
     let dir = temp_dir();
     let file = |name, text| write_file(dir.path(), name, text);
     let (rules, users, keytab) = (file("rules", "allow\nalow\n"), file("users", "alice\n"), file("keytab", ""));
-    let unix = format!("--listen unix:{}/s5 --proxy-protocol-from unix", dir.path().display());
     let port = closed_port().port();
     let in_use = ": address already in use (choose another address with --metrics)";
+    let unix = |path: &str| format!("unix:{}/{path}", dir.path().display());
     let mut table = vec![
         (2, format!("--rules {rules}"), "rules: line 2: "),
         (2, format!("--users {users}"), "users: line 1: "),
@@ -68,7 +70,11 @@ fn check_fails_like_a_start() {
         (2, format!("--keytab {keytab}"), "keytab: "),
         (2, "--listen *:0".into(), "refusing to listen on 0.0.0.0:"),
         (2, "--proxy-protocol-from 127.0.0.1".into(), "refusing to serve the clients of --proxy-protocol-from without"),
-        (2, unix, "refusing to serve the clients of --proxy-protocol-from without"),
+        (
+            2,
+            format!("--listen {} --proxy-protocol-from unix", unix("s5")),
+            "refusing to serve the clients of --proxy-protocol-from without",
+        ),
         (2, "--listen 127.0.0.1:1080 --via 127.0.0.1:1080".into(), "is this server itself"),
         (2, "--via alice@127.0.0.1:1".into(), "no password"),
         (2, "--bind-ports 1-10".into(), "--bind-ports: the server may not use ports below"),
@@ -90,6 +96,22 @@ fn check_fails_like_a_start() {
             1,
             format!("--listen [::1]:{port} --listen *:{port} --allow-open-relay"),
             "in use (choose another address with",
+        ),
+        (1, "--listen [fe80::1]:1400".into(), "listen on [fe80::1]:1400: a link-local address requires a zone"),
+        (1, "--listen 192.0.2.1:1400".into(), "listen on 192.0.2.1:1400: cannot assign requested address (choose"),
+        (
+            1,
+            format!("--listen {}", unix("none/s5")),
+            "none/s5: no such file or directory (choose another address with --l",
+        ),
+        (1, format!("--listen 0 --metrics {}", unix("none/m")), "none/m: no such file or directory (choose another"),
+        (1, format!("--listen {}", unix(&"x".repeat(108))), "x: path must be shorter than 108 bytes (choose"),
+        (1, format!("--listen {}", unix("users")), "users: address already in use (choose"),
+        (1, format!("--listen {0} --listen {0}", unix("s5")), "s5: address already in use (choose"),
+        (
+            1,
+            format!("--listen {0} --metrics {0}", unix("m")),
+            "m: address already in use (choose another address with --m",
         ),
     ];
     if !rustix::process::geteuid().is_root() {
