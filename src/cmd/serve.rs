@@ -43,7 +43,13 @@ pub(super) fn logger(args: &ServeArgs) -> Logger {
 
 /// `command_line` starts a process with these arguments.
 pub(super) fn run(args: ServeArgs, command_line: Vec<String>) -> CliResult {
-    check_actions(&args)?;
+    let actions =
+        [args.add_user.is_some(), args.remove_user.is_some(), args.explain.is_some(), args.show_rules, args.check];
+    let has_several = actions.into_iter().filter(|is_set| *is_set).count() > 1;
+    CliError::usage_if(
+        has_several,
+        "--add-user, --remove-user, --explain, --show-rules and --check exclude each other",
+    )?;
     match (&args.users, &args.add_user, &args.remove_user) {
         (Some(file), Some(name), _) => return report(args.quiet, users::add_user(file, name)?),
         (Some(file), _, Some(name)) => return report(args.quiet, users::remove_user(file, name)?),
@@ -71,22 +77,6 @@ pub(super) fn run(args: ServeArgs, command_line: Vec<String>) -> CliResult {
         return report(is_quiet, "check passed: the options and files are valid".into());
     }
     Ok(server::run(options, policy, &|| sources.reload().map_err(|error| error.message))?)
-}
-
-/// Fails if the options request several actions.
-fn check_actions(args: &ServeArgs) -> CliResult {
-    let actions = [
-        ("--add-user", args.add_user.is_some()),
-        ("--remove-user", args.remove_user.is_some()),
-        ("--explain", args.explain.is_some()),
-        ("--show-rules", args.show_rules),
-        ("--check", args.check),
-    ];
-    let mut requested = actions.into_iter().filter_map(|(option, is_set)| is_set.then_some(option));
-    match (requested.next(), requested.next()) {
-        (Some(one), Some(other)) => Err(CliError::usage(format!("{one} and {other} cannot be combined"))),
-        _ => Ok(()),
-    }
 }
 
 fn policy_sources(args: &ServeArgs) -> CliResult<PolicySources> {
