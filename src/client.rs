@@ -26,7 +26,9 @@ use crate::proto::{
 };
 pub use association::Association;
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
-pub use proxy::{Endpoint, Proxy, check_credentials, parse_addr, parse_addr_or_host, parse_hops, parse_port};
+pub use proxy::{
+    Endpoint, Proxy, check_credentials, check_unix_path, parse_addr, parse_addr_or_host, parse_hops, parse_port,
+};
 
 /// Settings of all handshakes, with any proxy and target. User names and passwords are part of each [`Proxy`].
 #[derive(Clone, Debug, Default)]

@@ -94,8 +94,10 @@ impl FromStr for Proxy {
         let address = address.trim_end_matches('/');
         let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
             _ if address.contains('?') => return Err(format!("a proxy URL has no parameters but {CLIENT_LOGIN}")),
-            (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
-            (Some(path), _) => Endpoint::Unix(OsString::from_vec(decode(path)).into()),
+            (Some(path), _) => {
+                check_unix_path(path)?;
+                Endpoint::Unix(OsString::from_vec(decode(path)).into())
+            }
             (None, Some(("", path))) => Endpoint::Unix(OsString::from_vec(decode(&format!("/{path}"))).into()),
             _ if address.contains('/') => {
                 let remedy = "write unix:/PATH for a Unix socket, %2F for / in a password, %2C for , in PATH";
@@ -107,6 +109,15 @@ impl FromStr for Proxy {
             return Err("the port of a proxy must not be 0".into());
         }
         Ok(Self { endpoint, uname, credentials, forwards_login })
+    }
+}
+
+/// Checks a path after `unix:`. Elsewhere, as in units of systemd, `@` begins the name of an abstract socket.
+pub fn check_unix_path(path: &str) -> Result<(), String> {
+    match path.bytes().next() {
+        None => Err("requires a path, as in unix:/run/s5.sock".into()),
+        Some(b'@') => Err("abstract sockets are not supported (for a file, write ./ before its name)".into()),
+        Some(_) => Ok(()),
     }
 }
 

@@ -14,7 +14,7 @@ use rustix::fs::{Access, access};
 use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::client::{parse_addr, parse_port};
+use crate::client::{check_unix_path, parse_addr, parse_port};
 use crate::conn::{DetachedConn, to_canonical_addr};
 use crate::net::{DialError, accept, bind_error, set_tcp_options};
 use crate::proto::{Addr, Host};
@@ -33,7 +33,7 @@ pub enum ListenAddr {
     Loopback(u16),
     /// `*:PORT`: the unspecified address, both families.
     Wildcard(u16),
-    /// `unix:PATH`.
+    /// `unix:/PATH`.
     Unix(PathBuf),
 }
 
@@ -41,10 +41,8 @@ impl FromStr for ListenAddr {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.strip_prefix("unix:") {
-            Some("") => return Err("requires a path, as in unix:/run/s5.sock".into()),
-            Some(path) => return Ok(Self::Unix(path.into())),
-            None => {}
+        if let Some(path) = text.strip_prefix("unix:") {
+            return check_unix_path(path).map(|()| Self::Unix(path.into()));
         }
         let parsed = match text.strip_prefix("*:") {
             Some(port) => parse_port(port, false).map(Self::Wildcard),
@@ -52,7 +50,7 @@ impl FromStr for ListenAddr {
         };
         let hint = || meant(text).map(|meant| format!(" (write {meant})")).unwrap_or_default();
         parsed.map_err(|error| match text.is_ascii() {
-            true => format!("expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:PATH{}", hint()),
+            true => format!("expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:/PATH{}", hint()),
             // The advice about the name.
             false => error,
         })

@@ -170,7 +170,7 @@ fn check_metrics(policy: &Policy, options: &Options) -> Option<String> {
     let addr = policy.metrics_addrs.iter().find(|addr| !addr.ip().is_loopback() && !options.allow_remote_metrics)?;
     Some(format!(
         "refusing to serve metrics on {addr}, where other hosts can read them: \
-         use a loopback address or unix:PATH, or --allow-remote-metrics"
+         use a loopback address or unix:/PATH, or --allow-remote-metrics"
     ))
 }
 

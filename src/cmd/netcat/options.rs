@@ -283,7 +283,7 @@ fn parse_count(text: &str) -> Result<u64, String> {
 fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     let is_other = |name: &HostName| name.as_str() != "localhost" && !name.is_zoned_address();
     let hint = match text.parse() {
-        Ok(ListenAddr::Unix(_)) => None,
+        _ if text.starts_with("unix:") => None,
         Ok(ListenAddr::Host(Addr { host: Host::Name(name), .. })) if is_other(&name) => None,
         Ok(listen) => {
             // If there are addresses of both families, the IPv4 address.
