@@ -204,6 +204,51 @@ fn udp_forward_limits_peers() {
 }
 
 #[test]
+fn udp_forward_gives_each_address_a_share_of_the_peers() {
+    let (server, proxy) = serve();
+    let (client, at) = start_udp_forward(&proxy, " --max-peers 4");
+    let sockets = [(); 4].map(|()| socket());
+    sockets.iter().for_each(|socket| exchange(socket, at, b"first"));
+    exchange(&sockets[0], at, b"second");
+    let other = UdpSocket::bind("127.0.0.2:0").expect("free port");
+    other.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    exchange(&other, at, b"has a place");
+    // The peer that was idle for the longest time has none, and takes none from an address with fewer peers.
+    let log = server.wait_log(|log| session_lines(log).len() == 1);
+    assert!(log.contains("up=5 down=5"), "{log}");
+    wait_until("dropped datagrams are counted", TIMEOUT, || {
+        sockets[1].send_to(b"dropped", at).expect("datagram sent");
+        client.stderr_so_far().contains(" more before)")
+    });
+    [&sockets[0], &sockets[2], &sockets[3], &other].iter().for_each(|socket| exchange(socket, at, b"still open"));
+    assert_eq!(session_lines(&server.log()).len(), 1, "an association has ended");
+    assert!(client.stderr_so_far().lines().count() < 5, "{}", client.stderr_so_far());
+}
+
+#[test]
+fn udp_forward_limits_associations_that_the_proxy_ends() {
+    let count = Arc::new(AtomicUsize::new(0));
+    let (counter, relay) = (count.clone(), udp_echo_server(V4));
+    let proxy = tcp_server(V4, move |mut stream| {
+        counter.fetch_add(1, Ordering::Relaxed);
+        let _ = stream.read_exact(&mut [0; 3]);
+        let _ = stream.write_all(&[5, 0]);
+        let _ = stream.read_exact(&mut [0; 10]);
+        let _ = stream.write_all(&message_with_addr([5, 0, 0], relay));
+    });
+    let (client, at) = start_forward(&format!("udp -l 0 -x {proxy} 192.0.2.7:7"));
+    let (sockets, begun) = ([socket(), socket(), socket()], Instant::now());
+    wait_until("errors are counted", TIMEOUT, || {
+        sockets.iter().for_each(|socket| assert!(socket.send_to(b"x", at).is_ok()));
+        client.stderr_so_far().contains("the proxy ended the association (") && count.load(Ordering::Relaxed) > 3
+    });
+    let (count, stderr) = (count.load(Ordering::Relaxed), client.stderr_so_far());
+    let seconds = usize::try_from(begun.elapsed().as_secs()).expect("a few seconds");
+    assert!(count <= sockets.len() * (seconds + 1), "{count} in {seconds} s");
+    assert!(stderr.lines().count() <= seconds + 2, "{stderr}");
+}
+
+#[test]
 fn udp_forward_reports_lost_association_and_opens_a_new_one() {
     let (disconnect, disconnected) = std::sync::mpsc::channel::<()>();
     let script = crate::support::scripted::reply("05 00 00 {relay}");
