@@ -35,7 +35,8 @@ pub(crate) fn text(syntax: &Syntax) -> String {
     }
     let mut group = "";
     for flag in syntax.options().filter(|flag| !flag.hidden) {
-        if let Some(heading) = heading(flag).filter(|heading| *heading != group) {
+        // "Options" has all options of the program itself.
+        if let Some(heading) = heading(flag).filter(|heading| *heading != group && group != "Options") {
             let _ = writeln!(out, "{heading}");
             group = heading;
         }

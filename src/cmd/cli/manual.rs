@@ -33,8 +33,9 @@ fn push_synopsis(out: &mut String, program: &Syntax) {
         let args = usage.strip_prefix(&format!("{NAME} {}", mode.name)).unwrap_or_default();
         let _ = writeln!(out, ".B {NAME} {}\n{}\n.br", mode.name, escape(args.trim()));
     }
-    for flag in program.options() {
+    for flag in program.options().filter(|flag| flag.long != "--verbose") {
         let value = value_name(flag).map(|value| format!("\n.I {value}")).unwrap_or_default();
+        let value = if flag.long == "--version" { "\n.RB [ \\-\\-verbose ]".into() } else { value };
         let _ = writeln!(out, ".B {NAME} {}{value}\n.br", escape(flag.long));
     }
     let _ = writeln!(out, ".B {NAME}\n.RI [ mode ]\n.B {}", escape("--help"));
