@@ -80,9 +80,11 @@ use state::Server;
 use terminal::Terminal;
 use worker::{Worker, WorkerPool, WorkerReport};
 
-/// Descriptors reserved for the listeners, the event loop, the log and the resolver; at most a quarter of all.
-const RESERVED_DESCRIPTORS: u64 = 64;
-/// Descriptors that a reload can use even if sessions have all others. A reload needs one for each file in turn; the
+/// Descriptors of each process: standard streams, signals, timers, logs and the restart helper.
+const PROCESS_DESCRIPTORS: u64 = 18;
+/// Descriptors of the event loop of a worker.
+const DESCRIPTORS_PER_WORKER: u64 = 2;
+/// Descriptors that a reload or restart can use even if sessions have all others. It needs one or two at a time; the
 /// others are there because sessions may take some at that moment.
 const MAX_SPARE_DESCRIPTORS: u64 = 16;
 /// Descriptors of a session: the client's connection and the target's.
@@ -109,11 +111,12 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     waiting.thread_block().map_err(|error| ServerError::io("block signals")(error.into()))?;
     let descriptors = raise_descriptor_limit();
     let (dial_shares, dial_descriptors) = DialShares::new(descriptors);
-    let default_max_sessions = default_max_sessions(descriptors - dial_descriptors.min(descriptors));
-    let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let notifier = Notifier::connect();
     let listeners: Vec<_> = open_listeners(&mut options)?.into_iter().map(Arc::new).collect();
     let metrics: Vec<_> = open_metrics(&options)?.into_iter().map(Arc::new).collect();
+    let own_descriptors = own_descriptors(descriptors, options.threads, listeners.len(), metrics.len());
+    let default_max_sessions = default_max_sessions(descriptors.saturating_sub(dial_descriptors + own_descriptors));
+    let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     policy.metrics_addrs = metrics.iter().flat_map(|listener| listener.addrs()).collect();
     // Before the sandbox.
     let restarter =
@@ -153,7 +156,8 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         workers: pool,
         shared_ports: Arc::default(),
     });
-    let spare = RefCell::new(spare_descriptors(descriptors));
+    let spare = RefCell::default();
+    lend_spare(&spare, descriptors, || ());
     let passed_on = [&listeners, &metrics].map(|listeners| listeners.iter().map(Arc::downgrade).collect());
     let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
     let (is_replaced, replaced) = channel::bounded(1);
@@ -169,19 +173,22 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let reload = async || {
         notifier.reloading();
         log_queue::reopen_access_log();
-        // Sessions can have all other descriptors.
-        spare.take();
-        let loaded = load();
-        if is_restricted {
-            sandbox::warn_unreadable_system_files();
-        }
-        spare.replace(spare_descriptors(descriptors));
+        let loaded = lend_spare(&spare, descriptors, || {
+            let loaded = load();
+            if is_restricted {
+                sandbox::warn_unreadable_system_files();
+            }
+            loaded
+        });
         reload(server, loaded).await;
         notifier.ready();
     };
     let restart = async || {
         let started = match &restarter {
-            Ok(restarter) => restarter.start_successor(&passed_on).await,
+            Ok(restarter) => {
+                let start = || restarter.start_successor(&passed_on);
+                restarter.wait_ready(lend_spare(&spare, descriptors, start)).await
+            }
             Err(error) => Err(error.to_string()),
         };
         let (pid, _successor) = started.map_err(|error| log::error!("restart: {error}; this process goes on")).ok()?;
@@ -268,8 +275,19 @@ fn start(
     Ok(threads)
 }
 
+/// Returns the number of descriptors that are not for sessions, their lookups and attempts: those that stay open, and as
+/// many for a short time, such as files, as there are spare ones.
+fn own_descriptors(limit: u64, threads: u16, listeners: usize, metrics: usize) -> u64 {
+    let workers = DESCRIPTORS_PER_WORKER * u64::from(threads);
+    // Each listener twice. One more connection is open until the oldest is closed, and /proc while it counts descriptors.
+    // With few descriptors, those of some connections are enough.
+    let connections = (limit / 32).min(health::MAX_CONNECTIONS as u64) + 2;
+    let metrics = if metrics > 0 { 2 * metrics as u64 + connections } else { 0 };
+    PROCESS_DESCRIPTORS + workers + listeners as u64 + metrics + 2 * spare_count(limit)
+}
+
 fn default_max_sessions(descriptors: u64) -> usize {
-    let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / DESCRIPTORS_PER_SESSION;
+    let by_descriptors = descriptors / DESCRIPTORS_PER_SESSION;
     usize::try_from(by_descriptors.clamp(1, MAX_DEFAULT_CONNECTIONS)).unwrap_or(usize::MAX)
 }
 
@@ -283,10 +301,16 @@ fn raise_descriptor_limit() -> u64 {
     .unwrap_or(u64::MAX)
 }
 
-/// Returns descriptors to close when a reload needs some.
-fn spare_descriptors(limit: u64) -> Vec<OwnedFd> {
-    let count = (limit / 16).clamp(1, MAX_SPARE_DESCRIPTORS);
-    (0..count).map_while(|_| fcntl_dupfd_cloexec(io::stderr(), 3).ok()).collect()
+fn spare_count(limit: u64) -> u64 {
+    (limit / 16).clamp(2, MAX_SPARE_DESCRIPTORS)
+}
+
+/// Runs `work`, which can use the spare descriptors, and opens these again.
+fn lend_spare<T>(spare: &RefCell<Vec<OwnedFd>>, limit: u64, work: impl FnOnce() -> T) -> T {
+    spare.take();
+    let result = work();
+    spare.replace((0..spare_count(limit)).map_while(|_| fcntl_dupfd_cloexec(io::stderr(), 3).ok()).collect());
+    result
 }
 
 /// Handles signals until [`wait_end_signal`] returns. Then stops accepting, and returns when all sessions have ended,

@@ -25,7 +25,7 @@ use super::state::Server;
 use crate::counters::Histogram;
 use crate::net::{ACCEPT_RETRY_DELAY, accept};
 
-const MAX_CONNECTIONS: usize = 32;
+pub(super) const MAX_CONNECTIONS: usize = 32;
 /// Maximum length of a request with its header, and of what follows it, in bytes.
 const MAX_REQUEST_LEN: usize = 8 << 10;
 /// Time from accept to the end of the request, and from there to the end of the connection.

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures_lite::{AsyncReadExt as _, FutureExt as _};
+use futures_lite::{AsyncRead, AsyncReadExt as _, FutureExt as _};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use smol::{Async, Timer};
 
@@ -78,10 +78,10 @@ impl Restarter {
         Ok(Self { program, helper })
     }
 
-    /// Starts a new process, and passes the listeners to it. Returns its process id when it is ready, and a connection
-    /// to it: it accepts connections when that is closed.
-    pub(super) async fn start_successor(&self, listeners: &PassedListeners) -> Result<(u32, impl Sized), String> {
-        let started = self.spawn(listeners).and_then(|control| Ok((Async::new(control)?, &self.helper)));
+    /// Returns the process id of a new process when it is ready, and the connection to it: it accepts connections when
+    /// that is closed.
+    pub(super) async fn wait_ready(&self, started: io::Result<UnixStream>) -> Result<(u32, impl Sized), String> {
+        let started = started.and_then(|control| Ok((Async::new(control)?, &self.helper)));
         let (control, mut helper) = started.map_err(|error| format!("restart helper: {error}"))?;
         let too_slow = async {
             Timer::after(START_TIMEOUT).await;
@@ -93,18 +93,19 @@ impl Restarter {
             return Ok((pid, control));
         }
         let _ = helper.write_all(&KILL);
-        let helper = helper.try_clone().and_then(Async::new).map_err(|error| error.to_string())?;
+        let helper = Async::new(helper).map_err(|error| error.to_string())?;
         let no_status = async {
             Timer::after(STOP_TIMEOUT).await;
             String::new()
         };
-        let status = read_report(&helper).or(no_status).await;
-        let _ = helper.get_ref().set_nonblocking(false);
+        let status = read_report(helper).or(no_status).await;
+        let _ = self.helper.set_nonblocking(false);
         let reason = if report.is_empty() { status } else { format!("{report} ({status})") };
         Err(format!("{}: {reason}", self.program.display()))
     }
 
-    fn spawn(&self, listeners: &PassedListeners) -> io::Result<UnixStream> {
+    /// Starts a new process, and passes the listeners to it. Returns a connection to it. Needs two descriptors.
+    pub(super) fn start_successor(&self, listeners: &PassedListeners) -> io::Result<UnixStream> {
         let (control, stdin) = UnixStream::pair()?;
         for listeners in listeners {
             let listeners: Vec<Arc<Listener>> = listeners.iter().filter_map(Weak::upgrade).collect();
@@ -117,7 +118,7 @@ impl Restarter {
 }
 
 /// Reads a line, or the text until the end of the stream. Line ends are removed.
-async fn read_report(mut stream: &Async<UnixStream>) -> String {
+async fn read_report(mut stream: impl AsyncRead + Unpin) -> String {
     let (mut report, mut byte) = (Vec::new(), [0]);
     while report.len() < MAX_REPORT as usize && matches!(stream.read(&mut byte).await, Ok(1)) && byte != *b"\n" {
         report.extend(byte);

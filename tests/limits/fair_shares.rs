@@ -156,7 +156,7 @@ fn reload_works_when_sessions_have_all_descriptors() {
     for args in [&[][..], &["--max-connections", "1000", "--max-per-client", "1000"]] {
         let mut command = Command::new("prlimit");
         command.args(["--nofile=128:128"]).arg(s5().get_program());
-        command.args(["serve", "--listen", "127.0.0.1:0", "--rules", &rules]).args(args);
+        command.args(["serve", "--listen", "127.0.0.1:0", "--rules", &rules, "--threads", "2"]).args(args);
         let server = Server::start_with(&mut command, 1);
         let sockets = [(); 80].map(|()| server.connect());
         let associations = open_all(&server, OTHER, UDP_ASSOCIATE);

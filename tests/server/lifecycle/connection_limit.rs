@@ -103,3 +103,32 @@ fn soft_descriptor_limit_is_raised_to_the_hard_limit() {
     let streams: Vec<TcpStream> = (0..100).map(|_| greet(&server)).collect();
     wait_until("all clients are served", TIMEOUT, || server.descriptors() > streams.len());
 }
+
+#[test]
+fn metrics_and_restart_work_when_all_sessions_are_in_use() {
+    if !is_installed("prlimit") {
+        return;
+    }
+    for (descriptors, threads) in [(64, 1), (256, 40)] {
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--nofile={descriptors}")).arg(s5().get_program());
+        command.args(["serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--threads"]);
+        let server = Server::start_with(command.arg(threads.to_string()), 1);
+        let metrics = server.log().split("metrics on ").nth(1).and_then(|log| addr(log.lines().next()?).into());
+        let dst = echo_server();
+        let limit = |log: &str| log.contains("connections reached: new ones wait");
+        let open_one = |n: u8| {
+            let mut stream = connect_from_ip(&server, [127, 0, 0, 2 + n % 4]);
+            stream.write_all(&[&[5, 1, 0], &request(CONNECT, dst)[..]].concat()).expect("sent");
+            stream.set_nonblocking(true).expect("option set");
+            wait_until("it is served or waits", TIMEOUT, || stream.peek(&mut [0; 12]).is_ok() || limit(&server.log()));
+            stream
+        };
+        let sessions: Vec<_> = (0..u8::MAX).map(open_one).take_while(|_| !limit(&server.log())).collect();
+        assert!(sessions.len() > 8, "{} sessions", sessions.len());
+        let metrics = crate::metrics::Metrics::scrape(metrics.expect("the address"));
+        metrics.assert([("s5_sessions_open", sessions.len() as f64)]);
+        drop(Successor::of(&server));
+        assert!(!server.log().contains("too many open files"), "{}", server.log());
+    }
+}

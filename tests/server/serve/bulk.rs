@@ -164,7 +164,8 @@ fn bulk_pipes_leave_descriptors_for_new_sessions() {
     }
     // Too few descriptors for a pipe in each of 20 tunnels.
     let mut command = Command::new("prlimit");
-    command.arg("--nofile=96").arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);
+    command.arg("--nofile=128").arg(s5().get_program());
+    command.args(["serve", "--listen", "127.0.0.1:0", "--threads", "2"]);
     let server = Server::start_with(&mut command, 1);
     let tunnels: Vec<_> = (0..20).map(|_| tunnel(&server)).collect();
     let transfers: Vec<_> = tunnels
