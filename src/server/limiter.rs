@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
@@ -12,7 +13,7 @@ use super::handshakes::Handshakes;
 use super::log_shares::{Topic, admit};
 use super::options::Options;
 use super::reply::{SessionError, SessionResult};
-use super::shares::{ClientKey, ShareGuard, Shares, lock};
+use super::shares::{ClientKey, ExtraGuard, ShareGuard, Shares, lock};
 use crate::counters::{self, Counter};
 use crate::net::{DialLimits, LimitGuard, RateLimit, TokenBucket};
 use crate::proto::PortRange;
@@ -28,6 +29,7 @@ const CLIENTS_AT_LIMIT: usize = 4;
 pub(super) struct Limiter {
     pub(super) max_sessions: usize,
     sessions_per_client: usize,
+    /// Sessions, and what counts as further ones of their clients.
     pub(super) sessions: Shares,
     /// Sessions until their requests.
     pub(super) handshakes: Handshakes,
@@ -86,7 +88,7 @@ impl Limiter {
         Self {
             max_sessions,
             sessions_per_client,
-            sessions: Shares::new(max_sessions, sessions_per_client),
+            sessions: Shares::new(max_sessions, sessions_per_client.max(three_quarters)),
             handshakes: Handshakes::new(max_sessions / 2),
             bind_listeners: per_port(options.bind_ports.as_ref()),
             associations: per_port(options.udp_ports.as_ref().filter(|ports| ports.single().is_none())),
@@ -120,35 +122,31 @@ impl Limiter {
         if client.is_none() && self.max_per_client.is_some() {
             return true;
         }
-        let is_admitted = reserved.assign(ClientKey::new(client.map(|client| client.ip())));
-        if !is_admitted {
+        let assigned = reserved.assign(ClientKey::new(client.map(|client| client.ip())), self.sessions_per_client);
+        if let Err(limit) = assigned {
             counters::count(Counter::Refused);
-            let (client, limit) =
-                (client.map_or("unix".into(), |client| client.ip().to_string()), self.sessions_per_client);
+            let client = client.map_or("unix".into(), |client| client.ip().to_string());
             warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)"));
         }
-        is_admitted
+        assigned.is_ok()
     }
 
     /// Counts an association against its client, and its sockets to targets or to a hop.
-    pub(super) fn admit_association(&self, client: ClientKey) -> SessionResult<[ShareGuard; 2]> {
-        let reached = |option| {
-            let reason = format!("limit of associations reached, or of those of one client (see {option})");
-            SessionError::general_failure(reason)
-        };
-        Ok([
-            self.associations.try_acquire(client).ok_or_else(|| reached("--udp-ports"))?,
-            self.count_descriptors(client).ok_or_else(|| reached("--max-connections"))?,
-        ])
+    pub(super) fn admit_association(
+        &self,
+        client: ClientKey,
+        sockets: usize,
+    ) -> SessionResult<(ShareGuard, Vec<ExtraGuard>)> {
+        let share = self.associations.try_acquire(client);
+        let share = share.ok_or_else(|| SessionError::general_failure(associations_reached("--udp-ports")))?;
+        Ok((share, self.count_descriptors(client, sockets).map_err(SessionError::general_failure)?))
     }
 
-    /// Counts two more descriptors of a session as one more session. `--max-per-client` is a number of sessions, and
-    /// does not count it.
-    pub(super) fn count_descriptors(&self, client: ClientKey) -> Option<ShareGuard> {
-        match self.max_per_client {
-            Some(_) => self.sessions.try_acquire(None),
-            None => self.sessions.try_acquire(client),
-        }
+    /// Counts further descriptors of a session as sessions: each has two. `--max-per-client` is a number of sessions, and
+    /// does not count them; the limit of all that a client has is three quarters, or `--max-per-client` if that is more.
+    pub(super) fn count_descriptors(&self, client: ClientKey, count: usize) -> io::Result<Vec<ExtraGuard>> {
+        let guards = self.sessions.try_acquire_extra(client, count.div_ceil(2));
+        guards.ok_or_else(|| io::Error::other(associations_reached("--max-connections")))
     }
 
     /// Returns the limits of a session that apply before its login, if there are any.
@@ -176,6 +174,10 @@ impl Limiter {
         quota.user = Some(UserGuard { users: self.users.clone(), name: user.into() });
         true
     }
+}
+
+fn associations_reached(option: &str) -> String {
+    format!("limit of associations reached, or of those of one client (see {option})")
 }
 
 /// Logs at most one warning per second, and counts the others.

@@ -103,6 +103,11 @@ impl Hop {
         lock(&self.chains).iter().map(|(chain, _)| chain.clone()).collect()
     }
 
+    /// Returns the number of sockets of an association: a connection to each proxy, and one for the datagrams.
+    pub(super) fn association_sockets(&self) -> usize {
+        lock(&self.chains).iter().map(|(chain, _)| chain.len() + 1).max().unwrap_or_default()
+    }
+
     /// Returns the chains with their indexes, those that have failed lately at the end.
     pub(super) fn in_order(&self, now: Instant) -> Vec<(usize, Vec<Proxy>)> {
         let mut chains = lock(&self.chains);

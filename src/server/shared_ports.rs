@@ -20,7 +20,7 @@ use futures_lite::stream::Stream as _;
 use smol::channel::{self, Receiver, Sender};
 
 use super::local_addr::with_port;
-use super::shares::lock;
+use super::shares::{ExtraGuard, lock};
 use super::worker::{self, Class};
 use crate::net::{BatchSocket, RecvBatch, share_port};
 use crate::proto::{Datagram, Frame};
@@ -50,6 +50,8 @@ struct Group {
     members: Vec<Arc<Member>>,
     /// The task of the group ends when this is dropped.
     _is_used: Sender<Infallible>,
+    /// For the descriptor of the group, counted against the client of its first association.
+    _shares: Vec<ExtraGuard>,
 }
 
 /// The part of an association that the task of its group uses.
@@ -71,12 +73,14 @@ pub(super) struct Membership {
 }
 
 impl SharedPorts {
-    /// Adds an association of a client that has connected to `local`. Port 0 of `client`: not known yet.
+    /// Adds an association of a client that has connected to `local`. Port 0 of `client`: not known yet. `count_socket`
+    /// counts the socket of a new group.
     pub(super) fn join(
         self: &Arc<Self>,
         local: SocketAddr,
         client: SocketAddr,
         is_protected: bool,
+        count_socket: impl FnOnce() -> io::Result<Vec<ExtraGuard>>,
     ) -> io::Result<Membership> {
         let (sender, receiver) = channel::bounded(MAX_HANDED_OVER);
         let member = Arc::new(Member {
@@ -90,11 +94,11 @@ impl SharedPorts {
         if let Some(group) = groups.get_mut(&key) {
             group.members.push(member.clone());
         } else {
-            let socket = BatchSocket::bind(local, share_port)?;
+            let (_shares, socket) = (count_socket()?, BatchSocket::bind(local, share_port)?);
             // Filters by address only. Sockets that are connected to a port take precedence.
             socket.get_ref().connect(with_port(client, 0))?;
             let (_is_used, receiver) = channel::bounded(1);
-            groups.insert(key, Group { members: vec![member.clone()], _is_used });
+            groups.insert(key, Group { members: vec![member.clone()], _is_used, _shares });
             worker::spawn_boxed(Class::Session, self.clone().run_group(key, socket, receiver));
         }
         drop(groups);

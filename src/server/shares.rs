@@ -70,6 +70,8 @@ struct Usage {
 
 struct ClientUsage {
     in_use: usize,
+    /// Those of `in_use` that an [`ExtraGuard`] has.
+    extra: usize,
     /// Key in `Usage::turns`.
     turn: u64,
     /// Requests that wait, oldest first.
@@ -82,6 +84,9 @@ pub(super) struct ShareGuard {
     /// `None`: not known yet.
     client: Option<ClientKey>,
 }
+
+/// A further use of a client. It is not counted for the limit of [`ShareGuard::assign`].
+pub(super) struct ExtraGuard(ShareGuard);
 
 impl Shares {
     /// Limits the uses at once, of all clients and of each one. Both limits are at least 1.
@@ -97,6 +102,16 @@ impl Shares {
             return None;
         }
         Some(ShareGuard { shares: self.clone(), client })
+    }
+
+    /// Returns `None`, and uses nothing, if the client or the resource has fewer than `count` uses left.
+    pub(super) fn try_acquire_extra(&self, client: ClientKey, count: usize) -> Option<Vec<ExtraGuard>> {
+        let acquire = |_| {
+            let guard = self.try_acquire(client)?;
+            self.usage().entry(Some(client)).extra += 1;
+            Some(ExtraGuard(guard))
+        };
+        (0..count).map(acquire).collect()
     }
 
     /// Waits until neither the client nor the resource is at its limit, and it is the client's turn. The caller sets
@@ -126,7 +141,7 @@ impl Usage {
     }
 
     fn entry(&mut self, client: Option<ClientKey>) -> &mut ClientUsage {
-        let unused = || ClientUsage { in_use: 0, turn: 0, waiting: VecDeque::new() };
+        let unused = || ClientUsage { in_use: 0, extra: 0, turn: 0, waiting: VecDeque::new() };
         self.clients.entry(client).or_insert_with(unused)
     }
 
@@ -196,19 +211,21 @@ impl ShareGuard {
         self.shares.usage().clients.get(&self.client).is_some_and(|client| client.in_use > CROWD)
     }
 
-    /// Makes a reservation a use of `client`. Returns false if the client is at its limit.
-    pub(super) fn assign(&mut self, client: ClientKey) -> bool {
+    /// Makes a reservation a use of `client`. Returns the limit if the client is at that of all of its uses, or at
+    /// `limit`, which is that of all but the extra ones.
+    pub(super) fn assign(&mut self, client: ClientKey, limit: usize) -> Result<(), usize> {
         let client = Some(client);
         let mut usage = self.shares.usage();
-        let has_room = usage.clients.get(&client).is_none_or(|entry| entry.in_use < usage.per_client);
-        if has_room {
-            usage.entry(client).in_use += 1;
-            usage.entry(self.client).in_use -= 1;
-            usage.update(self.client);
-            drop(usage);
-            self.client = client;
+        let (in_use, extra) = usage.clients.get(&client).map_or((0, 0), |entry| (entry.in_use, entry.extra));
+        if in_use - extra >= limit || in_use >= usage.per_client {
+            return Err(if in_use - extra >= limit { limit } else { usage.per_client });
         }
-        has_room
+        usage.entry(client).in_use += 1;
+        usage.entry(self.client).in_use -= 1;
+        usage.update(self.client);
+        drop(usage);
+        self.client = client;
+        Ok(())
     }
 }
 
@@ -226,6 +243,12 @@ impl Drop for PlaceInQueue<'_> {
             entry.waiting.retain(|(number, _)| *number != self.number);
         }
         usage.update(self.client);
+    }
+}
+
+impl Drop for ExtraGuard {
+    fn drop(&mut self) {
+        self.0.shares.usage().entry(self.0.client).extra -= 1;
     }
 }
 

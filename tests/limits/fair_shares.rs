@@ -138,12 +138,28 @@ fn one_client_has_three_quarters_of_the_ports_of_bind_and_of_associations() {
 }
 
 #[test]
-fn association_counts_as_two_sessions() {
-    let server = Server::start(&["--max-connections", "16"]);
-    let associations = open_all(&server, [127, 0, 0, 1], UDP_ASSOCIATE);
-    assert_eq!(associations.len(), 6, "three quarters of 16 sessions");
-    drop(associations);
-    wait_until("their shares are free", TIMEOUT, || open_all(&server, [127, 0, 0, 1], UDP_ASSOCIATE).len() == 6);
+fn association_counts_as_sessions_for_all_of_its_descriptors() {
+    enter_namespace!("", "");
+    let proxies = [(); 3].map(|()| Server::start(&[]));
+    let chain = proxies.each_ref().map(|proxy| format!("socks5://{}", proxy.addr())).join(",");
+    // One client may have 12 of the 16. A chain of 3 proxies counts as one more session, and the socket of a shared port
+    // for this client does too.
+    let cases = [
+        (&[][..], 6),
+        (&["--max-per-client", "8"], 6),
+        (&["--udp-ports", "20000"], 5),
+        (&["--via", &chain], 4),
+        (&["--via", &chain, "--udp-ports", "20000"], 3),
+    ];
+    for (args, count) in cases {
+        let server = Server::start(&[&["--max-connections", "16"], args].concat());
+        let associations = open_all(&server, [127, 0, 0, 1], UDP_ASSOCIATE);
+        assert_eq!(associations.len(), count, "{args:?}");
+        greet_from(&server, OTHER);
+        drop(associations);
+        let is_free = || open_all(&server, [127, 0, 0, 1], UDP_ASSOCIATE).len() == count;
+        wait_until("their shares are free", TIMEOUT, is_free);
+    }
 }
 
 #[test]

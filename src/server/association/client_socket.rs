@@ -54,7 +54,8 @@ impl ClientSocket {
         let (socket, membership) = match shared_port {
             Some(port) => {
                 let join = || {
-                    let membership = server.shared_ports.join(local, addr, protection.is_some())?;
+                    let count_socket = || server.limiter.count_descriptors(session.log.client_key(), 1);
+                    let membership = server.shared_ports.join(local, addr, protection.is_some(), count_socket)?;
                     Ok((BatchSocket::bind(local, share_port)?, Some(membership)))
                 };
                 join().map_err(|error: io::Error| match error.kind() {

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 
 use super::super::options::Hop;
 use super::super::session_log::SessionLog;
-use super::super::shares::ShareGuard;
+use super::super::shares::ExtraGuard;
 use super::super::state::Session;
 use super::sent_to::SentTo;
 use super::upstream::{Upstream, only_route};
@@ -16,6 +16,9 @@ use crate::counters::{self, Counter};
 use crate::net::{BatchSocket, GsoBatch, set_outbound_options, wake_later, with_scope};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Host, HostName};
+
+/// Sockets to targets that each association may have: one for each family.
+pub(super) const DIRECT_SOCKETS: usize = 2;
 
 #[derive(Default)]
 pub(super) struct Egress {
@@ -29,8 +32,8 @@ pub(super) struct Egress {
 pub(super) struct OutboundSocket {
     local: SocketAddr,
     pub(super) socket: BatchSocket,
-    /// For its descriptor, if it is not one of the two that each association may have.
-    _share: Option<ShareGuard>,
+    /// For its descriptor, if it is not one of the first [`DIRECT_SOCKETS`].
+    _shares: Vec<ExtraGuard>,
 }
 
 impl Egress {
@@ -100,13 +103,13 @@ impl Egress {
         let index = self.sockets.iter().position(|socket| socket.local == local);
         let index = index.unwrap_or(self.sockets.len());
         if index == self.sockets.len() {
-            let counted = || session.server().limiter.count_descriptors(session.log.client_key());
-            let share = if index < 2 { None } else { Some(counted().ok_or(io::ErrorKind::QuotaExceeded)?) };
+            let count = usize::from(index >= DIRECT_SOCKETS);
+            let shares = session.server().limiter.count_descriptors(session.log.client_key(), count)?;
             if !ip.is_unspecified() {
                 session.log.add_outbound(ip);
             }
             let socket = BatchSocket::bind(local, set_outbound_options)?;
-            self.sockets.push(OutboundSocket { local, socket, _share: share });
+            self.sockets.push(OutboundSocket { local, socket, _shares: shares });
         }
         self.sockets.get(index).map(|socket| &socket.socket).ok_or(io::ErrorKind::NotFound.into())
     }

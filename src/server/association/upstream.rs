@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::super::hop_access::HopAccess;
 use super::super::options::Hop;
 use super::super::reply::{SessionError, SessionResult};
-use super::super::shares::ShareGuard;
+use super::super::shares::ExtraGuard;
 use super::super::state::Session;
 use crate::client::{Association, Client};
 use crate::counters::{self, Counter};
@@ -38,7 +38,7 @@ pub(super) struct Upstream {
     /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
     pub(super) has_sent_to_names: bool,
     /// For its descriptors, if it is not the only route.
-    share: Option<ShareGuard>,
+    shares: Option<Vec<ExtraGuard>>,
 }
 
 enum UpstreamState {
@@ -59,7 +59,7 @@ impl Upstream {
             waiting: Vec::new(),
             dropped: 0,
             has_sent_to_names: false,
-            share: None,
+            shares: None,
         }
     }
 
@@ -97,9 +97,10 @@ impl Upstream {
         let now = Instant::now();
         if matches!(self.state, UpstreamState::Closed) && now >= self.next_attempt {
             self.next_attempt = now + RETRY_INTERVAL;
-            self.share =
-                self.share.take().or_else(|| session.server().limiter.count_descriptors(session.log.client_key()));
-            if self.share.is_some() {
+            let (limiter, client, sockets) =
+                (&session.server().limiter, session.log.client_key(), self.hop.association_sockets());
+            self.shares = self.shares.take().or_else(|| limiter.count_descriptors(client, sockets).ok());
+            if self.shares.is_some() {
                 self.state = UpstreamState::Opening(Self::open(session, self.route));
             }
         }
