@@ -258,7 +258,7 @@ impl Client {
         let allowed = self.options.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
         let methods: Vec<Method> = allowed.iter().copied().filter(is_available).collect();
         if methods.is_empty() {
-            return Err(ClientErrorKind::NoAcceptableMethod);
+            return Err(ClientErrorKind::NoAcceptableMethod(methods));
         }
         write(conn, &Greeting { methods: methods.clone() }).await?;
         let selected = read::<MethodSelection>(conn).await?.0;
@@ -266,7 +266,7 @@ impl Client {
         let offered = methods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         log::debug!("proxy {hop} selected method {selected} (offered: {offered})");
         match (selected, credentials, &self.options.gssapi, ticket) {
-            (Method::NO_ACCEPTABLE, ..) => Err(ClientErrorKind::NoAcceptableMethod),
+            (Method::NO_ACCEPTABLE, ..) => Err(ClientErrorKind::NoAcceptableMethod(methods)),
             _ if !methods.contains(&selected) => {
                 Err(ClientErrorKind::Protocol(format!("selected {selected}, which was not offered")))
             }

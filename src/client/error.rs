@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::{Client, Progress};
 use crate::gssapi;
 use crate::net::DialError;
-use crate::proto::{Addr, Command, Rep};
+use crate::proto::{Addr, Command, Method, Rep};
 
 /// Phase of the client handshake. `Accept` waits for the second reply to BIND.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,8 +66,8 @@ pub enum ClientErrorKind {
     Protocol(String),
     /// The proxy closed the connection (`None`), or reading or writing failed.
     Closed(Option<io::Error>),
-    /// The proxy accepts none of the offered methods, or the client has no method to offer.
-    NoAcceptableMethod,
+    /// The proxy accepts none of the offered methods, which are these, or the client has no method to offer.
+    NoAcceptableMethod(Vec<Method>),
     LoginRefused,
     Gssapi(gssapi::GssapiError),
     /// The last proxy replied with a failure.
@@ -152,8 +152,16 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Protocol(what) => write!(f, "not a SOCKS5 server ({what})"),
             ClientErrorKind::Closed(None) => write!(f, "the proxy closed the connection{denied}"),
             ClientErrorKind::Closed(Some(error)) => write!(f, "{error}{denied}"),
-            ClientErrorKind::NoAcceptableMethod => {
-                f.write_str("no acceptable authentication method (add user:password@ to the proxy's URL, or run kinit)")
+            ClientErrorKind::NoAcceptableMethod(offered) => {
+                f.write_str("no acceptable authentication method (")?;
+                match offered.as_slice() {
+                    [] | [Method::NONE] => return f.write_str("add user:password@ to the proxy's URL, or run kinit)"),
+                    offered => offered.iter().try_for_each(|method| write!(f, "offered {method}; "))?,
+                }
+                f.write_str(match offered.contains(&Method::NONE) {
+                    true => "the proxy may require Kerberos: run kinit)",
+                    false => "the proxy may need no login: allow none in --auth or --hop-auth)",
+                })
             }
             ClientErrorKind::Gssapi(error) => error.fmt(f),
             ClientErrorKind::LoginRefused => f.write_str("user name or password refused"),

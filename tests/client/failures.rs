@@ -36,6 +36,26 @@ fn unresolvable_proxy_name_has_status_5() {
 }
 
 #[test]
+fn refused_methods_are_named_with_what_may_help() {
+    let refuse = "> {greeting}; < 05 ff";
+    let (kerberos, none) = ("may require Kerberos: run kinit", "may need no login: allow none in --auth or --hop-auth");
+    let cases = [
+        ("", "", "(add user:password@ to the proxy's URL, or run kinit)".into()),
+        ("a:b@", "", format!("(offered none; offered password; the proxy {kerberos})")),
+        ("a:b@", " --auth password", format!("(offered password; the proxy {none})")),
+    ];
+    for (userinfo, auth, remedy) in cases {
+        let addr = ScriptedServer::start(refuse).addr;
+        let line = format!("s5: proxy {addr}: greeting, for {TARGET}: no acceptable authentication method {remedy}\n");
+        assert_eq!(outcome(&format!("connect -x {userinfo}{addr} {TARGET}{auth}"), b""), failure(67, &line));
+    }
+    let via = format!("a:b@{}", ScriptedServer::start(refuse).addr);
+    let server = Server::start(&["--via", &via, "--hop-auth", "password"]);
+    assert_eq!(outcome(&format!("connect -x {} {TARGET}", server.addr()), b"").0, Some(101));
+    server.wait_log(|log| log.contains("(offered password; the proxy may need no login"));
+}
+
+#[test]
 fn all_modes_report_the_same_failures() {
     let denied = "greeting, for TARGET: the proxy closed the connection (its rules or limits may deny this client)";
     let down = "connecting to the proxy, for TARGET: connection refused (is the proxy running?)";

@@ -204,24 +204,27 @@ fn bind_example_of_readme_transfers_a_file() {
         let line = readme.lines().find(|line| line.starts_with(begin)).unwrap_or_else(|| panic!("no line {begin}"));
         line.split("  #").next().unwrap_or_default().trim().to_owned()
     };
-    let ((_server, proxy), dir) = (serve(), temp_dir());
-    let (here, there) = (dir.path(), dir.path().join("there"));
-    let content: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_be_bytes).collect();
-    fs::create_dir(&there).expect("directory created");
-    fs::write(there.join("file"), &content).expect("file written");
-    let shell = |script: &str, at: &Path| {
-        let s5 = format!("'{}' ", env!("CARGO_BIN_EXE_s5"));
-        let script = script.replace("s5 ", &s5).replace("nc -N", "nc.openbsd -N");
-        let mut command = Command::new("sh");
-        command.args(["-c", &script]).current_dir(at).env("S5_PROXY", &proxy).stdin(Stdio::null());
-        command
-    };
-    let mut receiver = RunningProgram::start(&mut shell(&line("s5 bind --address-file address"), here));
-    read_address(&here.join("address"));
-    fs::copy(here.join("address"), there.join("address")).expect("the file is copied");
-    let output = run(&mut shell(&line("nc -N $(tr"), &there), b"", 2 * TIMEOUT);
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    receiver.close_stdin();
-    assert_eq!(receiver.wait_exit(TIMEOUT).0.code(), Some(0));
-    assert!(fs::read(here.join("received")).expect("file read") == content, "the received file differs");
+    for listen in ["127.0.0.1:0", "[::1]:0"] {
+        let (server, dir) = (crate::support::serve(listen, 1, &[]), temp_dir());
+        let proxy = server.addr().to_string();
+        let (here, there) = (dir.path(), dir.path().join("there"));
+        let content: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_be_bytes).collect();
+        fs::create_dir(&there).expect("directory created");
+        fs::write(there.join("file"), &content).expect("file written");
+        let shell = |script: &str, at: &Path| {
+            let s5 = format!("'{}' ", env!("CARGO_BIN_EXE_s5"));
+            let script = script.replace("s5 ", &s5).replace("nc -N", "nc.openbsd -N");
+            let mut command = Command::new("sh");
+            command.args(["-c", &script]).current_dir(at).env("S5_PROXY", &proxy).stdin(Stdio::null());
+            command
+        };
+        let mut receiver = RunningProgram::start(&mut shell(&line("s5 bind --address-file address"), here));
+        read_address(&here.join("address"));
+        fs::copy(here.join("address"), there.join("address")).expect("the file is copied");
+        let output = run(&mut shell(&line("nc -N $(sed"), &there), b"", 2 * TIMEOUT);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        receiver.close_stdin();
+        assert_eq!(receiver.wait_exit(TIMEOUT).0.code(), Some(0));
+        assert!(fs::read(here.join("received")).expect("file read") == content, "the received file differs");
+    }
 }
