@@ -168,8 +168,8 @@ pub struct ServeArgs {
 
     /// show which rule decides REQUEST, then exit. REQUEST has the form 'from=IP user=NAME command=connect
     /// to=HOST:PORT'; only to= is required. The keys method=, protection= and port= are also possible. REQUEST can also
-    /// be a line of the log: its addr= is the address of the name in to=, and keys such as proxy= (the load balancer)
-    /// are not used. The exit status is 0 for allow and 1 for deny. No server is started.
+    /// be a line of the log in logfmt: its addr= is the address of the name in to=, and keys such as proxy= (the load
+    /// balancer) are not used. The exit status is 0 for allow and 1 for deny. No server is started.
     #[argh(option, arg_name = "REQUEST")]
     pub explain: Option<String>,
 

@@ -35,8 +35,9 @@ pub(in crate::cmd) struct Value {
 /// Splits the first field off. Returns its text, key and value, and the rest.
 pub(in crate::cmd) fn next_field(text: &str) -> Result<Option<(&str, &str, Value, &str)>, String> {
     let Some(word) = text.split_whitespace().next() else { return Ok(None) };
-    let (key, _) = word.split_once('=').ok_or_else(|| match word {
+    let (key, _) = word.split_once('=').filter(|_| !word.starts_with('{')).ok_or_else(|| match word {
         "allow" | "deny" => format!("{word:?} begins a rule, but a request has only key=value"),
+        _ if word.starts_with('{') => "a line in JSON is not supported (write its fields as key=value)".into(),
         _ => format!("expected key=value, such as to=example.org:80, found {word:?}"),
     })?;
     let after = text.get(key.len() + 1..).unwrap_or_default();

@@ -127,6 +127,11 @@ impl Explanation<'_> {
             }
             Decision::Allow(rule, route) => ("allow", rule, route),
             Decision::Deny(rule) => ("deny", rule, Route::default()),
+            // The server accepts the request, and decides when it knows the address.
+            Decision::Undecided(rule) if self.query.can_wait() => {
+                self.add_line("wait", "for an address (add addr=IP:PORT)", rule, Route::default());
+                return Ok(true);
+            }
             Decision::Undecided(_) => {
                 let to = self.query.to.as_ref().map(ToString::to_string);
                 let problem = match to.as_deref().and_then(|to| to.strip_suffix(":0")) {

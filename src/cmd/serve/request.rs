@@ -12,8 +12,8 @@ use crate::policy::rules::{AccessRequest, Identity, decode_user};
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, parse_port, split_host_port};
 
 /// Keys of a log line that say nothing about the request.
-const IGNORED: [&str; 13] =
-    ["ts", "level", "msg", "id", "proxy", "via", "outbound", "bnd", "rep", "up", "down", "seconds", "error"];
+const IGNORED: [&str; 14] =
+    ["ts", "level", "msg", "id", "proxy", "via", "outbound", "bnd", "rep", "targets", "up", "down", "seconds", "error"];
 /// Characters of a user name that rules escape, in addition to those that are not ASCII.
 const ESCAPED: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'#').add(b'%').add(b'\'').add(b'*').add(b',');
 
@@ -118,6 +118,12 @@ impl ExplainedRequest {
     pub(super) fn target(&self) -> Option<&Addr> {
         let has_none = |host: &Host| matches!(host, Host::Ip(ip) if ip.is_unspecified());
         self.to.as_ref().filter(|to| self.command == Command::Connect || !has_none(&to.host))
+    }
+
+    /// Returns true if an address, of the peer of BIND or of a datagram, follows the request.
+    pub(super) fn can_wait(&self) -> bool {
+        let has_no_target = self.command == Command::Bind || self.target().is_none();
+        self.command != Command::Connect && has_no_target && self.addr.is_none()
     }
 }
 

@@ -106,6 +106,26 @@ fn explain_of_a_bind_decides_about_address_and_port_of_the_peer_of_the_log_line(
 }
 
 #[test]
+fn explain_of_a_bind_or_udp_request_allows_it_before_the_address_is_known() {
+    let server = Server::start(&[]);
+    for (command, dst) in
+        [(BIND, "0.0.0.0:0"), (BIND, "127.0.0.1:0"), (BIND, "[::]:5000"), (UDP_ASSOCIATE, "0.0.0.0:0")]
+    {
+        drop(open(&server, command, addr(dst)));
+    }
+    let log = server.wait_log(|log| session_lines(log).len() == 4);
+    for line in session_lines(&log) {
+        let output = explain(&[], line);
+        let expected = "\nwait for an address (add addr=IP:PORT): built in (allow)\nallow\n";
+        assert!(text(&output.stdout).ends_with(expected), "{line}: {}", text(&output.stdout));
+        assert_eq!(output.status.code(), Some(0), "{line}: {}", text(&output.stderr));
+        assert_eq!(explain(&["--deny", ""], line).status.code(), Some(1), "{line}");
+    }
+    let incomplete = explain(&[], "command=udp to=192.0.2.1");
+    assert_eq!(text(&incomplete.stderr), "s5: --explain: to=192.0.2.1 has no port (write to=HOST:PORT)\n");
+}
+
+#[test]
 fn explain_denies_what_no_rule_can_allow() {
     let server = Server::start(&["--deny", "to=192.0.2.1"]);
     for target in ["224.0.0.251:5353", "255.255.255.255:80", "[ff02::1]:80"] {

@@ -112,6 +112,7 @@ fn explain_names_the_missing_part_of_the_request() {
         ("user=%zz to=a.test:80", "invalid escape in \"%zz\" (write a % in a name as %25)"),
         ("user=\"bob to=a.test:80", "\"user=\\\"bob\": invalid escape, or no closing quote (see s5 serve --help)"),
         ("from=10.0.0.0/8", "from=10.0.0.0/8: expected one IP address, with or without a port (see s5 serve --help)"),
+        ("{\"to\":\"a.test:80\",\"via\":\"a=b\"}", "a line in JSON is not supported (write its fields as key=value)"),
         ("a.test:80", "expected key=value, such as to=example.org:80, found \"a.test:80\" (see s5 serve --help)"),
     ];
     for (request, expected) in table {
