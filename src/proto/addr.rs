@@ -194,7 +194,8 @@ pub fn split_host_port(text: &str) -> (&str, Option<&str>) {
 
 /// Parses a port from 0 to 65535.
 pub fn parse_port(text: &str) -> Result<u16, String> {
-    text.parse().map_err(|_| format!("expected a port from 0 to 65535, found {text:?}"))
+    let port = text.parse().ok().filter(|_| !text.starts_with('+'));
+    port.ok_or_else(|| format!("expected a port up to 65535, found {text:?}"))
 }
 
 /// A range of ports, `LO-HI` or a single port, from 1 to 65535.
@@ -205,7 +206,7 @@ impl FromStr for PortRange {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let port = |text: &str| text.parse().ok().filter(|port| *port != 0 && !text.starts_with('+'));
+        let port = |text: &str| parse_port(text).ok().filter(|port| *port != 0);
         let (low, high) = text.split_once('-').unwrap_or((text, text));
         let range = port(low).and_then(|low| Some(low..=port(high)?));
         let range = range.filter(|ports| !ports.is_empty());

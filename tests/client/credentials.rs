@@ -211,9 +211,9 @@ fn only_passwords_in_urls_are_percent_decoded() {
 }
 
 #[test]
-fn auth_file_may_begin_with_a_byte_order_mark() {
+fn auth_file_may_have_a_byte_order_mark_comments_and_blank_lines() {
     let dir = temp_dir();
-    let file = write_file(dir.path(), "auth", "\u{feff}alice:secret\r\nbob:other\r\n");
+    let file = write_file(dir.path(), "auth", "\u{feff}alice:secret\r\n \t\r\n# alice:new\n  #\n\nbob:other\r\n");
     assert_sends("", &["--proxy-auth-file", &file], &[], "alice", b"secret");
     assert_sends("bob@", &["--proxy-auth-file", &file], &[], "bob", b"other");
     // The longest login is read from stdin completely.

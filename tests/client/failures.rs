@@ -36,6 +36,15 @@ fn unresolvable_proxy_name_has_status_5() {
 }
 
 #[test]
+fn verbose_client_leaves_out_a_bnd_without_port() {
+    for bnd in ["01 00*6", "04 00*18", "03 00 00 00"] {
+        let addr = ScriptedServer::start(&reply(&format!("05 00 00 {bnd}"))).addr;
+        let line = format!("s5: proxy {addr}: connected to {TARGET}\n");
+        assert_eq!(outcome(&format!("connect -v -z -x {addr} {TARGET}"), b""), failure(0, &line));
+    }
+}
+
+#[test]
 fn refused_methods_are_named_with_what_may_help() {
     let refuse = "> {greeting}; < 05 ff";
     let (kerberos, none) = ("may require Kerberos: run kinit", "may need no login: allow none in --auth or --hop-auth");

@@ -228,7 +228,8 @@ impl Connector {
 
     /// Prints where a tunnel begins and ends if `-v` is set.
     pub(crate) fn print_connected(&self, bnd: &Addr) {
-        self.print_verbose(&format!("connected to {} from {bnd}", self.dst));
+        let from = if bnd.port == 0 { String::new() } else { format!(" from {bnd}") };
+        self.print_verbose(&format!("connected to {}{from}", self.dst));
     }
 
     /// Returns the prefix of messages: the last proxy, or `direct`.

@@ -100,7 +100,8 @@ fn read_file(name: &str) -> io::Result<Vec<Credentials>> {
     text_file::skip_bom(&mut text);
     let lines = text.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
     let mut logins = Vec::new();
-    for (i, line) in lines.enumerate().filter(|(_, line)| !line.is_empty()) {
+    let is_ignored = |line: &[u8]| line.is_empty() || line.starts_with(b"#");
+    for (i, line) in lines.enumerate().filter(|(_, line)| !is_ignored(line.trim_ascii())) {
         let malformed = || io::Error::other(format!("line {}: expected user:password", i + 1));
         logins.push(parse_login(line).ok_or_else(malformed)?);
     }

@@ -64,8 +64,9 @@ pub struct ClientArgs {
     #[argh(option, short = 'P', arg_name = "USER")]
     pub(crate) proxy_user: Option<String>,
 
-    /// read user:password from FILE, - (stdin) or fd:N. FILE has one user:password per line. From stdin or descriptor
-    /// N, s5 reads only the first line; the bytes after that line are data to send.
+    /// read user:password from FILE, - (stdin) or fd:N. FILE has one user:password per line. Blank lines, and lines that
+    /// begin with #, are ignored. From stdin or descriptor N, s5 reads only the first line; the bytes after that line are
+    /// data to send.
     #[argh(option, arg_name = "FILE")]
     pub(crate) proxy_auth_file: Option<String>,
 
