@@ -98,12 +98,8 @@ impl Service {
         };
         while !replaced.is_closed() {
             // A Unix socket needs no type of its own: it is read, written and shut down by the same calls.
-            let accepted = listener
-                .read_with(accept)
-                .or(is_replaced())
-                .await
-                .and_then(|(fd, ip)| Ok((TcpStream::try_from(fd)?, ip)));
-            let Ok((stream, client)) = accepted else {
+            let accepted = listener.read_with(accept).or(is_replaced()).await;
+            let Ok((stream, client)) = accepted.and_then(|(fd, ip)| Ok((TcpStream::try_from(fd)?, ip))) else {
                 Timer::after(ACCEPT_RETRY_DELAY).await;
                 continue;
             };
@@ -165,11 +161,7 @@ impl Service {
 
 /// Runs `work` for at most [`TIMEOUT`].
 async fn in_time<T>(work: impl Future<Output = io::Result<T>>) {
-    let timeout = async {
-        Timer::after(TIMEOUT).await;
-        Ok(())
-    };
-    let _ = async { work.await.map(drop) }.or(timeout).await;
+    async { _ = work.await }.or(async { _ = Timer::after(TIMEOUT).await }).await;
 }
 
 /// Reads to the end of the header, or until it is certain that there will be none.

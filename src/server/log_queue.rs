@@ -28,10 +28,8 @@ const MAX_LINES: usize = 4096;
 const PAUSE: Duration = Duration::from_millis(10);
 /// Pause after a line about lost lines, because a disk can become full many times a second.
 const PAUSE_AFTER_REPORT: Duration = Duration::from_millis(200);
-/// Time to write the queued lines of the access log at the exit.
-const ACCESS_LOG_FLUSH_TIMEOUT: Duration = Duration::from_millis(700);
-/// Time to write those of both queues. The difference is more than a pause of the thread that writes to stderr.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time to write the queued lines at the exit: of the access log, and of both. The difference is more than a pause.
+const FLUSH_TIMEOUTS: [Duration; 2] = [Duration::from_millis(700), Duration::from_secs(1)];
 
 static STDERR: Queue = Queue::new();
 static ACCESS_LOG: Queue = Queue::new();
@@ -208,12 +206,12 @@ pub(super) fn reopen_access_log() {
 
 /// Waits until the queued lines are written, for at most a second.
 pub fn flush() {
-    let now = Instant::now();
-    ACCESS_LOG.flush(now + ACCESS_LOG_FLUSH_TIMEOUT);
+    let [access_log_deadline, deadline] = FLUSH_TIMEOUTS.map(|timeout| Instant::now() + timeout);
+    ACCESS_LOG.flush(access_log_deadline);
     // The process ends before the others are written.
     ACCESS_LOG.lost.fetch_add(ACCESS_LOG.waiting.load(Ordering::Acquire) as u64, Ordering::Relaxed);
     ACCESS_LOG.report("the access log could not be written");
-    STDERR.flush(now + FLUSH_TIMEOUT);
+    STDERR.flush(deadline);
 }
 
 /// Starts the thread for stderr.

@@ -50,11 +50,8 @@ impl Notifier {
             let socket = connect(&name).map_err(|error| warn(&name, error)).ok()?;
             Some((name, socket))
         });
-        let watchdog = watchdog_interval().unwrap_or_else(|error| {
-            log::warn!("{error} (the watchdog is not used)");
-            None
-        });
-        Self { socket, watchdog, ..Self::default() }
+        let watchdog = watchdog_interval().inspect_err(|error| log::warn!("{error} (the watchdog is not used)"));
+        Self { socket, watchdog: watchdog.unwrap_or_default(), ..Self::default() }
     }
 
     /// Reports that the server accepts connections and has loaded its files.

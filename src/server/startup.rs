@@ -89,11 +89,8 @@ pub(super) fn open_listeners(options: &mut Options) -> Result<Vec<Listener>, Ser
 /// Binds the addresses of an option.
 fn bind_all<'a>(addrs: impl IntoIterator<Item = &'a ListenAddr>, option: &str) -> Result<Vec<Listener>, ServerError> {
     let bind = |listen: &ListenAddr| listen.bind().map_err(|(addr, error)| listen_error(addr, error, option));
-    addrs
-        .into_iter()
-        .map(bind)
-        .collect::<Result<Vec<_>, _>>()
-        .map(|listeners| listeners.into_iter().flatten().collect())
+    let listeners: Result<Vec<_>, _> = addrs.into_iter().map(bind).collect();
+    Ok(listeners?.into_iter().flatten().collect())
 }
 
 fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerError {

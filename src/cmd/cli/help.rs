@@ -42,11 +42,9 @@ pub(crate) fn text(syntax: &Syntax) -> String {
         }
         push_entry(&mut out, &synopsis(flag), summary(flag));
     }
-    let _ = if syntax.modes.is_empty() {
-        writeln!(out, "TIME is in seconds, or 500ms, 10s, 1m30s, 2h. Manual: {NAME} --man | man -l -")
-    } else {
-        writeln!(out, "Help for a mode: {NAME} <mode> --help. Manual: {NAME} --man | man -l -")
-    };
+    let modes = format!("Help for a mode: {NAME} <mode> --help");
+    let hint = if syntax.modes.is_empty() { "TIME is in seconds, or 500ms, 10s, 1m30s, 2h" } else { &modes };
+    let _ = writeln!(out, "{hint}. Manual: {NAME} --man | man -l -");
     out
 }
 

@@ -46,11 +46,9 @@ pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> C
         ExplainedRequest::parse(request, &policy).map_err(|error| CliError::usage(format!("--explain: {error}")))?;
     let mut explanation = Explanation { policy: &policy, options, query: &query, text: format!("request {query}\n") };
     let is_allowed = explanation.explain();
-    explanation.text += match is_allowed {
-        Ok(true) => "allow\n",
-        Ok(false) => "deny\n",
-        Err(_) => "",
-    };
+    if let Ok(is_allowed) = is_allowed {
+        explanation.text += if is_allowed { "allow\n" } else { "deny\n" };
+    }
     print(&explanation.text)?;
     if is_allowed? { Ok(()) } else { Err(CliError::new(ExitStatus::FAILURE, "")) }
 }
@@ -134,10 +132,9 @@ impl Explanation<'_> {
             }
             Decision::Undecided(_) => {
                 let to = self.query.to.as_ref().map(ToString::to_string);
-                let problem = match to.as_deref().and_then(|to| to.strip_suffix(":0")) {
-                    Some(to) => format!("to={to} has no port"),
-                    None => "the request has no target address".into(),
-                };
+                let to = to.as_deref().and_then(|to| to.strip_suffix(":0"));
+                let problem =
+                    to.map_or("the request has no target address".into(), |to| format!("to={to} has no port"));
                 return Err(CliError::usage(format!("--explain: {problem} (write to=HOST:PORT)")));
             }
         };

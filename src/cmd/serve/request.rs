@@ -72,9 +72,8 @@ impl ExplainedRequest {
     pub(super) fn parse(text: &str, policy: &Policy) -> Result<Self, String> {
         let mut fields = parse_fields(text)?;
         let mut take = |key: &str| fields.remove(key).filter(|value| value.is_quoted || value.bytes != b"-");
-        let (from, user, addr) = (take("from"), take("user"), take("addr"));
+        let [from, user, to, addr] = ["from", "user", "to", "addr"].map(&mut take);
         let [method, level, command, port] = ["method", "protection", "command", "port"].map(&mut take);
-        let to = take("to");
         let text = |value: Value| value.text();
         let user = user.map(Value::user).transpose()?;
         let has_password = |user: &Vec<u8>| policy.users.as_ref().is_some_and(|users| users.contains(user));

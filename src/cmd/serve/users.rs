@@ -107,9 +107,6 @@ fn read_new_password(name: &str) -> CliResult<String> {
     }
     let first = rpassword::prompt_password(escape(&format!("Password for {name}: "))).map_err(read_error)?;
     let again = rpassword::prompt_password("Repeat the password: ").map_err(read_error)?;
-    if first == again {
-        Ok(first)
-    } else {
-        Err(CliError::new(ExitStatus::FAILURE, "the passwords do not match; the users file is unchanged"))
-    }
+    let mismatch = "the passwords do not match; the users file is unchanged";
+    if first == again { Ok(first) } else { Err(CliError::new(ExitStatus::FAILURE, mismatch)) }
 }
