@@ -153,15 +153,15 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Closed(None) => write!(f, "the proxy closed the connection{denied}"),
             ClientErrorKind::Closed(Some(error)) => write!(f, "{error}{denied}"),
             ClientErrorKind::NoAcceptableMethod(offered) => {
-                f.write_str("no acceptable authentication method (")?;
-                match offered.as_slice() {
-                    [] | [Method::NONE] => return f.write_str("add user:password@ to the proxy's URL, or run kinit)"),
-                    offered => offered.iter().try_for_each(|method| write!(f, "offered {method}; "))?,
-                }
-                f.write_str(match offered.contains(&Method::NONE) {
-                    true => "the proxy may require Kerberos: run kinit)",
-                    false => "the proxy may need no login: allow none in --auth or --hop-auth)",
-                })
+                let list = offered.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                let remedy = match offered.contains(&Method::NONE) {
+                    _ if ["", "none"].contains(&&*list) => "add user:password@ to the proxy's URL, or run kinit".into(),
+                    true => format!("offered: {list}; the proxy may require Kerberos: run kinit"),
+                    false => {
+                        format!("offered: {list}; the proxy may need no login: allow none in --auth or --hop-auth")
+                    }
+                };
+                write!(f, "no acceptable authentication method ({remedy})")
             }
             ClientErrorKind::Gssapi(error) => error.fmt(f),
             ClientErrorKind::LoginRefused => f.write_str("user name or password refused"),

@@ -50,8 +50,8 @@ fn refused_methods_are_named_with_what_may_help() {
     let (kerberos, none) = ("may require Kerberos: run kinit", "may need no login: allow none in --auth or --hop-auth");
     let cases = [
         ("", "", "(add user:password@ to the proxy's URL, or run kinit)".into()),
-        ("a:b@", "", format!("(offered none; offered password; the proxy {kerberos})")),
-        ("a:b@", " --auth password", format!("(offered password; the proxy {none})")),
+        ("a:b@", "", format!("(offered: none, password; the proxy {kerberos})")),
+        ("a:b@", " --auth password", format!("(offered: password; the proxy {none})")),
     ];
     for (userinfo, auth, remedy) in cases {
         let addr = ScriptedServer::start(refuse).addr;
@@ -61,7 +61,7 @@ fn refused_methods_are_named_with_what_may_help() {
     let via = format!("a:b@{}", ScriptedServer::start(refuse).addr);
     let server = Server::start(&["--via", &via, "--hop-auth", "password"]);
     assert_eq!(outcome(&format!("connect -x {} {TARGET}", server.addr()), b"").0, Some(101));
-    server.wait_log(|log| log.contains("(offered password; the proxy may need no login"));
+    server.wait_log(|log| log.contains("(offered: password; the proxy may need no login"));
 }
 
 #[test]

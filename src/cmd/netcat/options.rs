@@ -230,8 +230,8 @@ pub struct ClientArgs {
     #[argh(switch, short = 'k')]
     pub(crate) keep_open: bool,
 
-    /// with -l, limit concurrent peers [default: 256]. Above it, the IP address with the most peers loses the one that
-    /// was idle for the longest time to an address with fewer. Datagrams of other new peers are dropped.
+    /// with -l, limit concurrent peers [default: 256]. Datagrams of further peers are dropped. One IP address has at most
+    /// 4/5 of the peers.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "DEFAULT_MAX_PEERS")]
     pub(crate) max_peers: usize,
 

@@ -3,7 +3,6 @@
 use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -20,7 +19,7 @@ use crate::proto::Addr;
 pub(super) struct Transfer<'a> {
     pub(super) connector: &'a Connector,
     pub(super) association: Association,
-    pub(super) last_activity: Rc<Cell<Instant>>,
+    last_activity: Cell<Instant>,
     counts: Arc<ByteCounts>,
     stats: Arc<RelayStats>,
 }
@@ -39,7 +38,7 @@ pub(super) async fn run(
             connector.print_verbose(&format!("UDP relay{peer}{target} at {relay}"));
         }
         let (counts, stats) = report.start_relay();
-        let last_activity = Rc::new(Cell::new(Instant::now()));
+        let last_activity = Cell::new(Instant::now());
         let state = Transfer { connector, association, last_activity, counts, stats };
         let result = transfer(&state).await;
         state.print_losses();
