@@ -167,9 +167,8 @@ impl fmt::Display for ClientError {
             ClientErrorKind::LoginRefused => f.write_str("user name or password refused"),
             ClientErrorKind::Rep(rep) | ClientErrorKind::NextHop(rep) => write!(f, "{rep} (REP {})", rep.0),
             ClientErrorKind::NoPeer(after) => {
-                let tenths = (after.as_millis() + 50) / 100;
-                let fraction = if tenths % 10 == 0 { String::new() } else { format!(".{}", tenths % 10) };
-                write!(f, "the proxy stopped waiting for the peer after {}{fraction} s", tenths / 10)?;
+                let seconds = format!("{:.1}", after.as_secs_f64());
+                write!(f, "the proxy stopped waiting for the peer after {} s", seconds.trim_end_matches(".0"))?;
                 let remedy = "to wait longer, raise the limit of the proxy: --bind-timeout of s5 serve";
                 write!(f, " (REP {}) ({remedy})", Rep::TTL_EXPIRED.0)
             }

@@ -78,13 +78,9 @@ impl FromStr for Proxy {
         let (userinfo, host) = authority.rsplit_once('@').unwrap_or_default();
         let (userinfo, address) = (userinfo.strip_prefix('@'), format!("{host}{path}"));
         let decode = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
-        let (uname, credentials) = match userinfo.map(|userinfo| (userinfo, userinfo.split_once(':'))) {
-            Some((_, Some((user, passwd)))) => {
-                (None, Some(Credentials { uname: decode(user), passwd: decode(passwd) }))
-            }
-            Some((uname, None)) => (Some(decode(uname)), None),
-            None => (None, None),
-        };
+        let login = userinfo.and_then(|userinfo| userinfo.split_once(':'));
+        let credentials = login.map(|(user, passwd)| Credentials { uname: decode(user), passwd: decode(passwd) });
+        let uname = userinfo.filter(|_| login.is_none()).map(decode);
         credentials.as_ref().map_or(Ok(()), check_credentials)?;
         let (address, forwards_login) = match address.strip_suffix(CLIENT_LOGIN) {
             Some(_) if userinfo.is_some() => return Err(format!("{CLIENT_LOGIN} and a user cannot be combined")),
@@ -92,16 +88,13 @@ impl FromStr for Proxy {
             None => (&*address, false),
         };
         let address = address.trim_end_matches('/');
+        let unix = |path: &str| Endpoint::Unix(OsString::from_vec(decode(path)).into());
         let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
             _ if address.contains('?') => return Err(format!("a proxy URL has no parameters but {CLIENT_LOGIN}")),
-            (Some(path), _) => {
-                check_unix_path(path)?;
-                Endpoint::Unix(OsString::from_vec(decode(path)).into())
-            }
-            (None, Some(("", path))) => Endpoint::Unix(OsString::from_vec(decode(&format!("/{path}"))).into()),
+            (Some(path), _) => check_unix_path(path).map(|()| unix(path))?,
+            (None, Some(("", path))) => unix(&format!("/{path}")),
             _ if address.contains('/') => {
-                let remedy = "write unix:/PATH for a Unix socket, %2F for / in a password, %2C for , in PATH";
-                return Err(format!("a proxy URL has no path ({remedy})"));
+                return Err("a proxy URL has no path (write unix:/PATH for a Unix socket, %2F %2C for / ,)".into());
             }
             _ => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
         };

@@ -1,6 +1,7 @@
 //! `s5 connect -l`: forwards connections to a local port through the proxy, each in its own tunnel.
 
 use std::io;
+use std::mem::replace;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::pin::Pin;
@@ -77,10 +78,9 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> CliResult<
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                if !is_reported {
+                if !replace(&mut is_reported, true) {
                     connector.print_line(&format!("s5: accept: {error} (retrying)"));
                 }
-                is_reported = true;
                 sleep(ACCEPT_RETRY_DELAY).await;
             }
         }

@@ -27,7 +27,7 @@ pub(crate) fn target(args: &ClientArgs, is_udp: bool) -> CliResult<Option<Addr>>
     };
     match parsed {
         Ok(addr) if addr.port == 0 => Err(CliError::usage("target: the port must not be 0")),
-        parsed => parsed.map(Some).map_err(|error| operand_error("target", &error)),
+        parsed => parsed.map(Some).map_err(|error| CliError::usage(format!("target: {error}"))),
     }
 }
 
@@ -46,11 +46,7 @@ pub(crate) fn expected_peer(args: &ClientArgs) -> CliResult<Option<Addr>> {
             return Err(CliError::usage(format!("too many operands: expected one peer, found also {extra:?}")));
         }
     };
-    parsed.map(Some).map_err(|error| operand_error("peer", &error))
-}
-
-fn operand_error(operand: &str, error: &str) -> CliError {
-    CliError::usage(format!("{operand}: {error}"))
+    parsed.map(Some).map_err(|error| CliError::usage(format!("peer: {error}")))
 }
 
 fn host_and_port(host: &str, port: &str, is_udp: bool) -> Result<Addr, String> {
