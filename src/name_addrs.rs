@@ -25,7 +25,7 @@ pub struct NameAddrs {
     /// The result of the last successful lookup. The families alternate, and the ports are not used.
     addrs: Vec<SocketAddr>,
     /// Start of the last lookup.
-    looked_up: Instant,
+    pub(crate) looked_up: Instant,
     /// Oldest first. Each port has its own state: the services of a host need not listen on the same addresses.
     ports: Vec<PortState>,
 }
@@ -37,8 +37,8 @@ struct PortState {
     has_answered: bool,
     /// Time of the first datagram to `current` after its last answer.
     unanswered_since: Option<Instant>,
-    /// Addresses with an error since the last lookup. They are used again when all have failed.
-    failed: Vec<IpAddr>,
+    /// Addresses with an error since the last lookup, as bits of their indexes. They are used again when all have failed.
+    failed: u16,
 }
 
 impl NameAddrs {
@@ -57,7 +57,7 @@ impl NameAddrs {
                 if self.ports.len() >= MAX_PORTS {
                     self.ports.remove(0);
                 }
-                self.ports.push(PortState { current, has_answered: false, unanswered_since: None, failed: Vec::new() });
+                self.ports.push(PortState { current, has_answered: false, unanswered_since: None, failed: 0 });
                 self.ports.last_mut()?
             }
         };
@@ -74,9 +74,7 @@ impl NameAddrs {
     /// [`NameAddrs::select`] returns another one.
     pub fn fail(&mut self, addr: SocketAddr) -> bool {
         let Some(state) = self.ports.iter_mut().find(|state| state.current.port() == addr.port()) else { return false };
-        if position(&self.addrs, addr.ip()).is_some() && !state.failed.contains(&addr.ip()) {
-            state.failed.push(addr.ip());
-        }
+        state.failed |= position(&self.addrs, addr.ip()).map_or(0, |i| 1 << i);
         state.current.ip() != addr.ip() || state.advance(&self.addrs)
     }
 
@@ -96,7 +94,7 @@ impl NameAddrs {
             }
             if state.current.ip() == from.ip() {
                 (state.has_answered, state.unanswered_since) = (true, None);
-                state.failed.retain(|ip| *ip != from.ip());
+                state.failed &= !position(&self.addrs, from.ip()).map_or(0, |i| 1 << i);
             }
         }
     }
@@ -112,7 +110,7 @@ impl NameAddrs {
         let is_due = now.saturating_duration_since(self.looked_up) >= LOOKUP_INTERVAL;
         if is_due {
             self.looked_up = now;
-            self.ports.iter_mut().for_each(|state| state.failed.clear());
+            self.ports.iter_mut().for_each(|state| state.failed = 0);
         }
         is_due
     }
@@ -124,8 +122,9 @@ impl NameAddrs {
             return;
         }
         self.addrs = alternate_families(addrs);
-        for state in self.ports.iter_mut().filter(|state| !state.has_answered) {
-            if position(&self.addrs, state.current.ip()).is_none() {
+        for state in &mut self.ports {
+            state.failed = 0;
+            if !state.has_answered && position(&self.addrs, state.current.ip()).is_none() {
                 state.advance(&self.addrs);
             }
         }
@@ -136,12 +135,12 @@ impl PortState {
     /// Selects the next address that has not failed. If all have, forgets that, selects the next one and returns false.
     fn advance(&mut self, addrs: &[SocketAddr]) -> bool {
         let next = position(addrs, self.current.ip()).map_or(0, |i| i + 1);
-        let mut order = addrs.iter().cycle().skip(next).take(addrs.len());
-        let working = order.clone().find(|addr| !self.failed.contains(&addr.ip()));
+        let mut order = addrs.iter().enumerate().cycle().skip(next).take(addrs.len());
+        let working = order.clone().find(|(i, _)| self.failed & 1 << i == 0);
         if working.is_none() {
-            self.failed.clear();
+            self.failed = 0;
         }
-        if let Some(addr) = working.or_else(|| order.next()) {
+        if let Some((_, addr)) = working.or_else(|| order.next()) {
             self.current = with_port(*addr, self.current.port());
         }
         (self.has_answered, self.unanswered_since) = (false, None);

@@ -14,8 +14,9 @@ use crate::name_addrs::NameAddrs;
 use crate::net::{DialError, lookup, timeout_at};
 use crate::proto::HostName;
 
-/// Maximum number of cached names per association. At the limit, all are removed.
-const MAX_CACHED_NAMES: usize = 256;
+/// Maximum number of cached names per association. The one with the oldest lookup is removed first. A name takes up to
+/// 1.5 KiB.
+const MAX_CACHED_NAMES: usize = 32;
 /// Maximum number of concurrent lookups per association.
 const MAX_CONCURRENT_LOOKUPS: usize = 16;
 /// Maximum size in bytes of the datagrams that wait for lookups, per association.
@@ -129,8 +130,10 @@ impl NameCache {
             match (&result, self.names.get_mut(&lookup.name)) {
                 (Ok(addrs), Some(known)) => known.update(addrs),
                 (Ok(addrs), None) => {
-                    if self.names.len() >= MAX_CACHED_NAMES {
-                        self.names.clear();
+                    let oldest = self.names.iter().min_by_key(|(_, addrs)| addrs.looked_up);
+                    if let Some(oldest) = oldest.filter(|_| self.names.len() >= MAX_CACHED_NAMES) {
+                        let oldest = oldest.0.clone();
+                        self.names.remove(&oldest);
                     }
                     self.names.insert(lookup.name.clone(), NameAddrs::new(lookup.started, addrs));
                 }

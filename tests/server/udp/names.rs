@@ -166,3 +166,25 @@ fn udp_names_are_looked_up_again_after_a_minute() {
         receive(&kept);
     }
 }
+
+#[test]
+fn udp_cache_of_names_forgets_the_name_that_was_looked_up_first() {
+    enter_namespace!("", dns::RESOLV);
+    let queries = dns::start();
+    let count = |n: usize| {
+        let name = format!("n{n}.test");
+        queries.lock().expect("not poisoned").iter().filter(|query| **query == name).count()
+    };
+    let server = Server::start(&[]);
+    let ([target], port) = udp_sockets([V4]);
+    let association = Association::new(&server);
+    let send = |n: usize| {
+        association.send_to_name(&format!("n{n}.test"), port, b"x");
+        receive(&target);
+    };
+    (0..33).for_each(send);
+    let before = [0, 1, 32].map(count);
+    [1, 32, 0].into_iter().for_each(send);
+    assert!(count(0) > before[0], "32 names are cached");
+    assert_eq!([1, 32].map(count), before[1..]);
+}
