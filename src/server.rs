@@ -82,13 +82,6 @@ use worker::{Worker, WorkerPool, WorkerReport};
 
 /// Descriptors of each process: standard streams, signals, timers, logs and the restart helper.
 const PROCESS_DESCRIPTORS: u64 = 18;
-/// Descriptors of the event loop of a worker.
-const DESCRIPTORS_PER_WORKER: u64 = 2;
-/// Descriptors that a reload or restart can use even if sessions have all others. It needs one or two at a time; the
-/// others are there because sessions may take some at that moment.
-const MAX_SPARE_DESCRIPTORS: u64 = 16;
-/// Descriptors of a session: the client's connection and the target's.
-const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// Time limit for the end of the accept loops at a restart.
 const RESTART_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum time that sessions get to finish after SIGQUIT. Meanwhile, new connections wait in the sockets of systemd.
@@ -114,9 +107,10 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let notifier = Notifier::connect();
     let listeners: Vec<_> = open_listeners(&mut options)?.into_iter().map(Arc::new).collect();
     let metrics: Vec<_> = open_metrics(&options)?.into_iter().map(Arc::new).collect();
-    let own_descriptors = own_descriptors(descriptors, options.threads, listeners.len(), metrics.len());
-    let default_max_sessions = default_max_sessions(descriptors.saturating_sub(dial_descriptors + own_descriptors));
-    let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
+    // An event loop has two.
+    let own = 2 * u64::from(options.threads) + listeners.len() as u64 + dial_descriptors;
+    let own = own + health::descriptors(descriptors, metrics.len() as u64);
+    let max_sessions = options.max_connections.unwrap_or_else(|| default_max_sessions(descriptors, own));
     policy.metrics_addrs = metrics.iter().flat_map(|listener| listener.addrs()).collect();
     // Before the sandbox.
     let restarter =
@@ -174,21 +168,18 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         notifier.reloading();
         log_queue::reopen_access_log();
         let loaded = lend_spare(&spare, descriptors, || {
-            let loaded = load();
             if is_restricted {
                 sandbox::warn_unreadable_system_files();
             }
-            loaded
+            load()
         });
         reload(server, loaded).await;
         notifier.ready();
     };
+    let spawn = |restarter: &Restarter| lend_spare(&spare, descriptors, || restarter.start_successor(&passed_on));
     let restart = async || {
         let started = match &restarter {
-            Ok(restarter) => {
-                let start = || restarter.start_successor(&passed_on);
-                restarter.wait_ready(lend_spare(&spare, descriptors, start)).await
-            }
+            Ok(restarter) => restarter.wait_ready(spawn(restarter)).await,
             Err(error) => Err(error.to_string()),
         };
         let (pid, _successor) = started.map_err(|error| log::error!("restart: {error}; this process goes on")).ok()?;
@@ -275,19 +266,11 @@ fn start(
     Ok(threads)
 }
 
-/// Returns the number of descriptors that are not for sessions, their lookups and attempts: those that stay open, and as
-/// many for a short time, such as files, as there are spare ones.
-fn own_descriptors(limit: u64, threads: u16, listeners: usize, metrics: usize) -> u64 {
-    let workers = DESCRIPTORS_PER_WORKER * u64::from(threads);
-    // Each listener twice. One more connection is open until the oldest is closed, and /proc while it counts descriptors.
-    // With few descriptors, those of some connections are enough.
-    let connections = (limit / 32).min(health::MAX_CONNECTIONS as u64) + 2;
-    let metrics = if metrics > 0 { 2 * metrics as u64 + connections } else { 0 };
-    PROCESS_DESCRIPTORS + workers + listeners as u64 + metrics + 2 * spare_count(limit)
-}
-
-fn default_max_sessions(descriptors: u64) -> usize {
-    let by_descriptors = descriptors / DESCRIPTORS_PER_SESSION;
+/// Returns the number of sessions that the descriptors suffice for: each has two, the client's connection and the
+/// target's. `own`: those of the threads and listeners.
+fn default_max_sessions(limit: u64, own: u64) -> usize {
+    // As many as there are spare ones can be open for a short time, such as files.
+    let by_descriptors = limit.saturating_sub(own + PROCESS_DESCRIPTORS + 2 * spare_count(limit)) / 2;
     usize::try_from(by_descriptors.clamp(1, MAX_DEFAULT_CONNECTIONS)).unwrap_or(usize::MAX)
 }
 
@@ -301,8 +284,10 @@ fn raise_descriptor_limit() -> u64 {
     .unwrap_or(u64::MAX)
 }
 
+/// Descriptors that a reload or restart can use even if sessions have all others. It needs one or two at a time; the
+/// others are there because sessions may take some at that moment.
 fn spare_count(limit: u64) -> u64 {
-    (limit / 16).clamp(2, MAX_SPARE_DESCRIPTORS)
+    (limit / 16).clamp(2, 16)
 }
 
 /// Runs `work`, which can use the spare descriptors, and opens these again.

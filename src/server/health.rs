@@ -25,7 +25,7 @@ use super::state::Server;
 use crate::counters::Histogram;
 use crate::net::{ACCEPT_RETRY_DELAY, accept};
 
-pub(super) const MAX_CONNECTIONS: usize = 32;
+const MAX_CONNECTIONS: usize = 32;
 /// Maximum length of a request with its header, and of what follows it, in bytes.
 const MAX_REQUEST_LEN: usize = 8 << 10;
 /// Time from accept to the end of the request, and from there to the end of the connection.
@@ -43,6 +43,12 @@ pub(super) type StartedServer = Arc<OnceLock<Weak<Server>>>;
 
 /// Status and body.
 type Response = (&'static str, String);
+
+/// Returns the number of descriptors that the listeners need. Each is open twice. One connection more than the limit is
+/// open until the oldest is closed, and /proc during a scrape. If the process has few, those of some connections suffice.
+pub(super) fn descriptors(limit: u64, listeners: u64) -> u64 {
+    if listeners == 0 { 0 } else { 2 * listeners + (limit / 32).min(MAX_CONNECTIONS as u64) + 2 }
+}
 
 /// Starts the thread if there are listeners. It serves until the process ends, or another one replaces it: then
 /// `replaced` is closed.

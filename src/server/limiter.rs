@@ -12,7 +12,6 @@ use std::time::Instant;
 use super::handshakes::Handshakes;
 use super::log_shares::{Topic, admit};
 use super::options::Options;
-use super::reply::{SessionError, SessionResult};
 use super::shares::{ClientKey, ExtraGuard, ShareGuard, Shares, lock};
 use crate::counters::{self, Counter};
 use crate::net::{DialLimits, LimitGuard, RateLimit, TokenBucket};
@@ -28,7 +27,6 @@ const CLIENTS_AT_LIMIT: usize = 4;
 /// Applies the limits to all sessions of the server.
 pub(super) struct Limiter {
     pub(super) max_sessions: usize,
-    sessions_per_client: usize,
     /// Sessions, and what counts as further ones of their clients.
     pub(super) sessions: Shares,
     /// Sessions until their requests.
@@ -80,15 +78,13 @@ impl Limiter {
     pub(super) fn new(max_sessions: usize, options: &Options) -> Self {
         // One address leaves a quarter to the others. Two sessions are always possible.
         let three_quarters = (max_sessions.saturating_mul(3) / 4).max(max_sessions.min(2));
-        let sessions_per_client = options.max_per_client.unwrap_or(three_quarters);
         let per_port = |ports: Option<&PortRange>| {
             let limit = ports.map_or(max_sessions, |PortRange(ports)| ports.len().min(max_sessions));
             Shares::new(limit, limit - limit / 4)
         };
         Self {
             max_sessions,
-            sessions_per_client,
-            sessions: Shares::new(max_sessions, sessions_per_client.max(three_quarters)),
+            sessions: Shares::new(max_sessions, three_quarters.max(options.max_per_client.unwrap_or_default())),
             handshakes: Handshakes::new(max_sessions / 2),
             bind_listeners: per_port(options.bind_ports.as_ref()),
             associations: per_port(options.udp_ports.as_ref().filter(|ports| ports.single().is_none())),
@@ -122,7 +118,8 @@ impl Limiter {
         if client.is_none() && self.max_per_client.is_some() {
             return true;
         }
-        let assigned = reserved.assign(ClientKey::new(client.map(|client| client.ip())), self.sessions_per_client);
+        let limit = self.max_per_client.unwrap_or(usize::MAX);
+        let assigned = reserved.assign(ClientKey::new(client.map(|client| client.ip())), limit);
         if let Err(limit) = assigned {
             counters::count(Counter::Refused);
             let client = client.map_or("unix".into(), |client| client.ip().to_string());
@@ -131,22 +128,17 @@ impl Limiter {
         assigned.is_ok()
     }
 
-    /// Counts an association against its client, and its sockets to targets or to a hop.
-    pub(super) fn admit_association(
-        &self,
-        client: ClientKey,
-        sockets: usize,
-    ) -> SessionResult<(ShareGuard, Vec<ExtraGuard>)> {
-        let share = self.associations.try_acquire(client);
-        let share = share.ok_or_else(|| SessionError::general_failure(associations_reached("--udp-ports")))?;
-        Ok((share, self.count_descriptors(client, sockets).map_err(SessionError::general_failure)?))
+    /// Counts an association against its client, and its sockets: to a hop, or one for each family of targets.
+    pub(super) fn admit_association(&self, client: ClientKey, sockets: usize) -> io::Result<impl Sized + use<>> {
+        let share = self.associations.try_acquire(client).ok_or_else(|| associations_reached("--udp-ports"))?;
+        Ok((share, self.count_descriptors(client, sockets)?))
     }
 
     /// Counts further descriptors of a session as sessions: each has two. `--max-per-client` is a number of sessions, and
     /// does not count them; the limit of all that a client has is three quarters, or `--max-per-client` if that is more.
     pub(super) fn count_descriptors(&self, client: ClientKey, count: usize) -> io::Result<Vec<ExtraGuard>> {
         let guards = self.sessions.try_acquire_extra(client, count.div_ceil(2));
-        guards.ok_or_else(|| io::Error::other(associations_reached("--max-connections")))
+        guards.ok_or_else(|| associations_reached("--max-connections"))
     }
 
     /// Returns the limits of a session that apply before its login, if there are any.
@@ -176,8 +168,8 @@ impl Limiter {
     }
 }
 
-fn associations_reached(option: &str) -> String {
-    format!("limit of associations reached, or of those of one client (see {option})")
+fn associations_reached(option: &str) -> io::Error {
+    io::Error::other(format!("limit of associations reached, or of those of one client (see {option})"))
 }
 
 /// Logs at most one warning per second, and counts the others.
