@@ -187,6 +187,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         is_replaced.close();
         if let Some(server) = server.upgrade() {
             server.workers.stop_accepting();
+            server.shared_ports.on_replaced();
             server.workers.wait_for_all().or(async { _ = Timer::after(RESTART_TIMEOUT).await }).await;
         }
         log_queue::FOLLOWS_PATH.store(true, Ordering::Relaxed);

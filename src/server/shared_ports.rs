@@ -49,7 +49,7 @@ type GroupKey = (SocketAddr, IpAddr);
 struct Group {
     members: Vec<Arc<Member>>,
     /// The task of the group ends when this is dropped.
-    _is_used: Sender<Infallible>,
+    is_used: Option<Sender<Infallible>>,
     /// For the descriptor of the group, counted against the client of its first association.
     _shares: Vec<ExtraGuard>,
 }
@@ -97,12 +97,19 @@ impl SharedPorts {
             let (_shares, socket) = (count_socket()?, BatchSocket::bind(local, share_port)?);
             // Filters by address only. Sockets that are connected to a port take precedence.
             socket.get_ref().connect(with_port(client, 0))?;
-            let (_is_used, receiver) = channel::bounded(1);
-            groups.insert(key, Group { members: vec![member.clone()], _is_used, _shares });
+            let (is_used, receiver) = channel::bounded(1);
+            groups.insert(key, Group { members: vec![member.clone()], is_used: Some(is_used), _shares });
             worker::spawn_boxed(Class::Session, self.clone().run_group(key, socket, receiver));
         }
         drop(groups);
         Ok(Membership { ports: self.clone(), key, member, handed_over: Box::pin(receiver) })
+    }
+
+    /// Leaves datagrams from new ports to the process that replaces this one, unless an association waits for its first.
+    pub(super) fn on_replaced(&self) {
+        let has_port = |member: &Arc<Member>| member.port.load(Ordering::Relaxed) != 0;
+        let mut groups = lock(&self.0);
+        groups.values_mut().filter(|group| group.members.iter().all(has_port)).for_each(|group| group.is_used = None);
     }
 
     /// Hands datagrams over until the group has no members. At the end, those that the socket still has go to a new group

@@ -5,6 +5,7 @@ use std::os::unix::net::{self as unix, UnixDatagram};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
+use crate::udp::association::Association;
 use crate::*;
 
 /// Waits until the old process has ended. It stays a zombie, because the new process has its stderr open.
@@ -186,4 +187,16 @@ fn second_restart_is_refused_while_one_is_in_progress_and_sigterm_ends_it() {
     server.signal("TERM");
     assert!(server.wait(TIMEOUT).success());
     wait_until("the new process is killed", TIMEOUT, || test_kill_process(pid).is_err());
+}
+
+#[test]
+fn associations_on_a_shared_port_work_in_both_processes_after_a_restart() {
+    enter_namespace!("", "");
+    let echo = udp_echo_server(V4);
+    let server = Server::start(&["--udp-ports", "5000", "--drain-timeout", "60"]);
+    let old = [(); 5].map(|()| Association::new(&server));
+    old.iter().for_each(|association| association.ping(echo, b"before"));
+    let _successor = Successor::of(&server);
+    let new = [(); 20].map(|()| Association::new(&server));
+    new.iter().chain(&old).for_each(|association| association.ping(echo, b"after"));
 }
