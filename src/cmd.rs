@@ -21,7 +21,7 @@ pub use cli::logger::Logger;
 use cli::syntax::{NAME, Syntax};
 use cli::{argv, help, manual, secrets};
 use netcat::options::{self, ClientArgs};
-use netcat::report::JsonOutput;
+use netcat::report::{JsonOutput, SessionReport};
 
 /// A SOCKS5 server, and a netcat that works through SOCKS5 proxies
 #[derive(FromArgs, ArgsInfo, Debug)]
@@ -76,13 +76,14 @@ impl Mode {
                 serve::run(args, command_line).map_err(|error| error.with_help(&format!("{NAME} serve")))
             }
             Self::Client(command, args) => {
-                let json = JsonOutput::open(args.json.as_deref())?;
+                let json = JsonOutput::open(args.json.as_deref(), args.listen.is_some())?;
                 let result = match command {
                     Command::Connect => connect::run(args, json.clone()),
                     Command::Bind => bind::run(args, json.clone()),
                     Command::UdpAssociate => udp::run(args, json.clone()),
                 };
-                result.map_err(|error| json.report_usage_error(error.with_help(&format!("{NAME} {command}"))))
+                let help = format!("{NAME} {command}");
+                result.map_err(|error| json.report_error(&SessionReport::default(), error.with_help(&help)))
             }
         }
     }
@@ -116,7 +117,7 @@ pub fn syntax() -> Syntax {
 pub fn parse(args: &[String]) -> CliResult<Action> {
     let is_client = args.get(1).is_some_and(|mode| mode.parse::<Command>().is_ok());
     parse_with(&syntax(), args).map_err(|error| match is_client {
-        true => JsonOutput::of_invalid_args(args).report_usage_error(error),
+        true => JsonOutput::of_invalid_args(args).report_error(&SessionReport::default(), error),
         false => error,
     })
 }

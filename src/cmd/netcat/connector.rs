@@ -299,11 +299,10 @@ fn source_from_args(args: &ClientArgs, hops: &[Proxy]) -> CliResult<LocalAddr> {
     }
     let any = LocalAddr::default().ips.map(|ip| ip.filter(|ip| !is_excluded(ip)));
     let ips = args.source.map_or(any, |ip| [Some(ip), None]);
-    let source = LocalAddr { ips, port: args.source_port.unwrap_or(0) };
     let is_unix = hops.first().is_some_and(Proxy::is_unix);
     let has_source = args.source.is_some() || args.source_port.is_some() || args.ipv4 || args.ipv6;
     CliError::usage_if(is_unix && has_source, "-4, -6, -s and -p cannot be used with a proxy on a Unix socket")?;
-    Ok(source)
+    Ok(LocalAddr { ips, port: args.source_port.unwrap_or(0) })
 }
 
 /// Returns the methods to offer to proxies, and the options of GSSAPI.

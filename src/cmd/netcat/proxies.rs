@@ -15,7 +15,6 @@ use crate::proto::{Addr, Host, split_host_port};
 const PROXY_VARIABLES: [&str; 5] = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
 /// Environment variables with a list of targets that are reached without a proxy. The first that is set is used.
 const NO_PROXY_VARIABLES: [&str; 2] = ["no_proxy", "NO_PROXY"];
-
 /// Environment variables with an HTTP proxy, which s5 does not use.
 const HTTP_PROXY_VARIABLES: [&str; 4] = ["https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"];
 
@@ -45,11 +44,10 @@ pub(super) fn default_proxy_hint(args: &ClientArgs) -> Option<String> {
     if args.direct || !args.proxy.is_empty() || PROXY_VARIABLES.into_iter().any(|name| env_var(name).is_some()) {
         return None;
     }
-    if let Some(port) = args.source_port {
-        return Some(format!("-p is the source port; -x 127.0.0.1:{port} sets the port of the proxy"));
-    }
+    let source = |port| format!("-p is the source port; -x 127.0.0.1:{port} sets the port of the proxy");
     let http = HTTP_PROXY_VARIABLES.into_iter().find(|name| env_var(name).is_some());
-    http.map(|name| format!("{name} is not used; set ALL_PROXY or -x to a SOCKS5 proxy"))
+    let http = http.map(|name| format!("{name} is not used; set ALL_PROXY or -x to a SOCKS5 proxy"));
+    args.source_port.map(source).or(http)
 }
 
 /// Returns an environment variable that is set and not empty.
@@ -60,13 +58,11 @@ pub(super) fn env_var(name: &str) -> Option<String> {
 /// Returns true if the value of NO_PROXY matches the target. An entry is `*`, a domain (including its subdomains), an
 /// address or a CIDR, each with an optional port.
 pub fn is_excluded(list: &str, dst: &Addr) -> bool {
-    list.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| entry_matches(entry, dst))
+    let mut entries = list.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty());
+    entries.any(|entry| entry == "*" || entry_matches(entry, dst))
 }
 
 fn entry_matches(entry: &str, dst: &Addr) -> bool {
-    if entry == "*" {
-        return true;
-    }
     let (entry, port) = split_host_port(entry);
     if port.is_some_and(|port| port.parse() != Ok(dst.port)) {
         return false;

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::descriptor;
 use crate::client::{Client, Phase};
 use crate::cmd::cli::escape::quote;
@@ -24,7 +26,8 @@ pub(crate) enum JsonOutput {
     #[default]
     Disabled,
     Stderr,
-    File(Rc<File>),
+    /// Sessions share the file if the flag is set. Then a write does not wait for the reader of a pipe.
+    File(Rc<File>, bool),
 }
 
 impl JsonOutput {
@@ -32,7 +35,7 @@ impl JsonOutput {
     ///
     /// # Errors
     /// The file cannot be written, or the descriptor is not open.
-    pub(crate) fn open(value: Option<&str>) -> CliResult<Self> {
+    pub(crate) fn open(value: Option<&str>, is_shared: bool) -> CliResult<Self> {
         let text = match value {
             None => return Ok(Self::Disabled),
             Some(text) if text == OPTIONAL_VALUE.1 => return Ok(Self::Stderr),
@@ -45,7 +48,7 @@ impl JsonOutput {
             None => output_file::open(Path::new(text), File::options().write(true).create(true).truncate(true))
                 .map_err(file_error(ExitStatus::WRITE_STDOUT))?,
         };
-        Ok(Self::File(Rc::new(file)))
+        Ok(Self::File(Rc::new(file), is_shared))
     }
 
     /// Opens the output of a command line that could not be parsed.
@@ -53,7 +56,7 @@ impl JsonOutput {
         let (option, default) = OPTIONAL_VALUE;
         let mut options = args.iter().take_while(|arg| *arg != "--").filter_map(|arg| arg.strip_prefix(option));
         let value = options.find_map(|rest| if rest.is_empty() { Some(default) } else { rest.strip_prefix('=') });
-        Self::open(value).unwrap_or_default()
+        Self::open(value, false).unwrap_or_default()
     }
 
     /// Writes the report of a session and returns its result.
@@ -77,16 +80,16 @@ impl JsonOutput {
         CliError { message, is_reported: true, ..error }
     }
 
-    /// Writes the report of an error in the command line, unless the error is reported already.
-    pub(crate) fn report_usage_error(&self, error: CliError) -> CliError {
-        self.report_error(&SessionReport::default(), error)
-    }
-
     fn write(&self, object: &str) -> io::Result<()> {
         match self {
             Self::Disabled => {}
             Self::Stderr => eprint_line(object),
-            Self::File(file) => file.as_ref().write_all(format!("{object}\n").as_bytes())?,
+            Self::File(file, true)
+                if poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&Timespec::default())) == Ok(0) =>
+            {
+                return Err(io::Error::other("the reader has stopped, so the object is lost"));
+            }
+            Self::File(file, _) => file.as_ref().write_all(format!("{object}\n").as_bytes())?,
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use std::thread::sleep;
 
+use crate::credentials::as_s5;
 use crate::udp::{associating_proxy, datagram, receive, socket};
 use crate::*;
 
@@ -114,13 +115,19 @@ fn forward_recovers_from_descriptor_exhaustion() {
 
 #[test]
 fn forward_goes_on_while_stderr_is_not_read() {
-    let (_server, proxy) = serve();
-    for args in ["connect -l 0 -k --json -v", "connect -l 0 -k -v", "udp -l 0 --json -v"] {
+    let ((_server, proxy), dir) = (serve(), temp_dir());
+    let pipe = dir.path().join("pipe").display().to_string();
+    assert!(Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs").success());
+    let objects = fs::File::options().read(true).write(true).open(&pipe).expect("pipe opened");
+    rustix::pipe::fcntl_setpipe_size(&objects, 4096).expect("size set");
+    let options = ["connect -l 0 -k --json -v", "connect -l 0 -k -v", "connect -l 0 -k --json=fd:3", "udp -l 0 -v"];
+    for args in options {
         let (reader, writer) = io::pipe().expect("pipe opened");
         rustix::pipe::fcntl_setpipe_size(&writer, 4096).expect("size set");
         let target = if args.starts_with("udp") { udp_echo_server(V4) } else { echo_server() };
-        let mut command = command(&format!("{args} -x {proxy} {target}"));
-        let mut client = ProcessGroup::start(command.stdin(Stdio::null()).stderr(writer));
+        let script = format!("exec \"$S5\" {args} -x {proxy} {target} 3>{pipe}");
+        let mut command = as_s5("sh");
+        let mut client = ProcessGroup::start(command.args(["-c", &script]).stdin(Stdio::null()).stderr(writer));
         let mut line = String::new();
         BufReader::with_capacity(64, reader.try_clone().expect("cloned")).read_line(&mut line).expect("line read");
         let at = line.trim_end().strip_prefix("listening on ").expect("the address is printed").parse().expect("valid");
