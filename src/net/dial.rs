@@ -201,9 +201,9 @@ pub async fn dial(
             Some(addr) => {
                 let is_replaced = replace_or_add(&mut attempts, limits, Box::pin(attempt(addr, local)));
                 most_specific = most_specific.max(is_replaced.then_some(DialError::TimedOut));
-                // Each attempt has a second, also if fewer run at the same time.
+                // An attempt that replaces another one has a second.
                 let running = if is_replaced { attempts.len() } else { MAX_ATTEMPTS };
-                delay = ATTEMPT_DELAY * (MAX_ATTEMPTS / running.max(1)) as u32;
+                delay = ATTEMPT_DELAY * MAX_ATTEMPTS as u32 / running as u32;
             }
             None if attempts.is_empty() => break most_specific,
             None => {}

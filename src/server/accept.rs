@@ -13,7 +13,7 @@ use super::limiter::warn;
 use super::listen::Listener;
 use super::session;
 use super::state::Server;
-use super::worker::{self, Class, WorkerReport, panic_error};
+use super::worker::{self, Priority, WorkerReport, panic_error};
 use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
 
 /// Accept attempts before the other tasks of the worker run.
@@ -23,7 +23,7 @@ const ACCEPTS_PER_TURN: usize = 32;
 pub(super) fn start(server: &Arc<Server>, listeners: &[Arc<Listener>]) -> io::Result<()> {
     for listener in listeners {
         let (server, listener) = (server.clone(), Io::shared_listener(listener.clone())?);
-        worker::spawn_boxed(Class::Session, async move {
+        worker::spawn_boxed(Priority::Normal, async move {
             let accepting = accept_all(&server, &listener).or(server.workers.wait_stop_accepting());
             let ended = AssertUnwindSafe(accepting).catch_unwind().await;
             // Other processes can have the socket. Their event loops must be woken for new connections, not this one.

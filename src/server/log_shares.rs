@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use log::Level;
 
 use super::shares::{ClientKey, lock};
-use super::worker::{self, Class};
+use super::worker::{self, Priority};
 use crate::counters::{self, Counter};
 use crate::net::sleep_until;
 
@@ -128,7 +128,7 @@ pub(super) fn admit(topic: Topic, client: Option<ClientKey>) -> bool {
     if !is_within && !shares.has_task && !worker::is_ending() {
         shares.has_task = true;
         let end = shares.since + INTERVAL;
-        worker::spawn_boxed(Class::Session, async move {
+        worker::spawn_boxed(Priority::Normal, async move {
             sleep_until(end).await;
             report();
         });

@@ -1,6 +1,6 @@
 //! One session, top to bottom: log the client in, read the request, dispatch it, relay.
 //!
-//! Each command sends its own success reply. Failure replies of all stages are sent only by [`start`], so that each
+//! Each command sends its own success reply. Failure replies of all stages are sent only by [`end`], so that each
 //! path replies exactly once.
 
 use std::cell::Cell;
@@ -19,7 +19,7 @@ use super::session_log::SessionLog;
 use super::shares::ShareGuard;
 use super::state::{Server, Session, SessionPermit, denied_by_reload, disconnected, unless};
 use super::tunnel::Tunnel;
-use super::worker::{self, Class};
+use super::worker::{self, Priority};
 use super::{association, bind, connect};
 use crate::conn::{Conn, DetachedConn, Protection, ReadError};
 use crate::counters::Histogram;
@@ -53,14 +53,14 @@ pub(super) fn start(server: Arc<Server>, client: Option<SocketAddr>, share: Shar
             Err(error) => end(session, Some(handshake), error).await,
         }
     });
-    worker::spawn_boxed(Class::Session, task);
+    worker::spawn_boxed(Priority::Normal, task);
 }
 
 /// Serves a client. One task runs the handshake. Another one runs the tunnel after that, without the memory of the
 /// handshake.
 fn serve(mut session: Session, handshake: HandshakeGuard) {
     let (id, client) = (session.log.id, session.log.client_key());
-    let class = if session.permit.share.is_of_crowd() { Class::Crowd } else { Class::Session };
+    let priority = if session.permit.share.is_of_crowd() { Priority::Low } else { Priority::Normal };
     let task = in_session(id, client, async move {
         let mut handshake = Some(handshake);
         let result = match unless(replaced(handshake.as_ref()), session.log_in()).await {
@@ -84,7 +84,7 @@ fn serve(mut session: Session, handshake: HandshakeGuard) {
             Err(error) => end(session, handshake, error).await,
         }
     });
-    worker::spawn(class, task);
+    worker::spawn(priority, task);
 }
 
 /// Ends a session with an error.

@@ -21,7 +21,7 @@ use smol::channel::{self, Receiver, Sender};
 
 use super::local_addr::with_port;
 use super::shares::{ExtraGuard, lock};
-use super::worker::{self, Class};
+use super::worker::{self, Priority};
 use crate::net::{BatchSocket, RecvBatch, share_port};
 use crate::proto::{Datagram, Frame};
 
@@ -99,7 +99,7 @@ impl SharedPorts {
             socket.get_ref().connect(with_port(client, 0))?;
             let (is_used, receiver) = channel::bounded(1);
             groups.insert(key, Group { members: vec![member.clone()], is_used: Some(is_used), _shares });
-            worker::spawn_boxed(Class::Session, self.clone().run_group(key, socket, receiver));
+            worker::spawn_boxed(Priority::Normal, self.clone().run_group(key, socket, receiver));
         }
         drop(groups);
         Ok(Membership { ports: self.clone(), key, member, handed_over: Box::pin(receiver) })

@@ -6,7 +6,7 @@ use std::io;
 
 use super::session_log::SessionLog;
 use super::state::{Session, SessionPermit};
-use super::worker::{self, BoxedTask, BulkGuard, Class, WorkerHandle};
+use super::worker::{self, BoxedTask, BulkGuard, Priority, WorkerHandle};
 use crate::conn::{Conn, DetachedConn};
 use crate::net::{RelayError, RelayOptions, RelayOutcome, RelayResult, Stream, UNDELIVERED_GRACE, relay, sleep};
 
@@ -27,10 +27,10 @@ impl Tunnel {
     /// Relays in a task on this thread. Without a rate limit, a bulk tunnel moves to a worker with fewer bulk tunnels.
     pub(super) fn start(mut self) {
         if self.permit.rate_limit().is_limited() {
-            return worker::spawn(Class::Tunnel, Box::pin(self.relay_here(None)) as BoxedTask);
+            return worker::spawn(Priority::High, Box::pin(self.relay_here(None)) as BoxedTask);
         }
         // `self` is not moved to a variable inside the block: the future would reserve room for it twice.
-        worker::spawn(Class::Tunnel, async move {
+        worker::spawn(Priority::High, async move {
             match self.relay(None).await {
                 Ok(RelayOutcome::Finished) => {}
                 Ok(RelayOutcome::Bulk) => Box::pin(self.relay_bulk()).await,
@@ -84,7 +84,7 @@ impl Tunnel {
         worker.send(move || match attach(client, target) {
             Ok((client, target)) => {
                 let tunnel = Self { client, target, log, permit };
-                worker::spawn(Class::Tunnel, Box::pin(tunnel.relay_here(Some(guard))) as BoxedTask);
+                worker::spawn(Priority::High, Box::pin(tunnel.relay_here(Some(guard))) as BoxedTask);
             }
             Err(error) => log.set_error(error),
         });

@@ -25,7 +25,7 @@ use crate::net::reactor;
 /// A worker passes a new connection on if it has over twice the sockets of the least loaded worker plus this many.
 const SOCKET_SURPLUS: usize = 64;
 
-/// Minimum time for each class but the tunnels before the events of tunnels are looked for again.
+/// Minimum time for the tasks of each priority but the highest, before the events of tunnels are looked for again.
 const MIN_TURN: Duration = Duration::from_micros(40);
 
 thread_local! {
@@ -37,26 +37,30 @@ thread_local! {
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// What a task belongs to, which determines when it runs.
+/// When a task runs.
 #[derive(Clone, Copy)]
-pub(super) enum Class {
+pub(super) enum Priority {
     /// A tunnel: before all others, so that many new sessions do not slow it.
-    Tunnel,
+    High,
     /// Accepting, and sessions before their tunnels.
-    Session,
+    Normal,
     /// Sessions of a client that has many: they do not delay the first ones of another client.
-    Crowd,
+    Low,
 }
 
-/// The tasks of a worker, by their class.
+/// The tasks of a worker, by their priority.
 #[derive(Default)]
-struct Tasks([LocalExecutor<'static>; 3]);
+struct Tasks {
+    high: LocalExecutor<'static>,
+    normal: LocalExecutor<'static>,
+    low: LocalExecutor<'static>,
+}
 
 /// Spawns a task on the worker of this thread.
-pub(super) fn spawn(class: Class, task: impl Future<Output = ()> + 'static) {
+pub(super) fn spawn(priority: Priority, task: impl Future<Output = ()> + 'static) {
     // Dropped only when the worker ends.
     if let Some(tasks) = THIS.with_borrow(|(_, tasks)| tasks.upgrade()) {
-        tasks.of(class).spawn(task).detach();
+        tasks.of(priority).spawn(task).detach();
     }
 }
 
@@ -64,25 +68,23 @@ pub(super) fn spawn(class: Class, task: impl Future<Output = ()> + 'static) {
 pub(super) type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Like [`spawn`], for tasks that are rare.
-pub(super) fn spawn_boxed(class: Class, task: impl Future<Output = ()> + 'static) {
-    spawn(class, Box::pin(task) as BoxedTask);
+pub(super) fn spawn_boxed(priority: Priority, task: impl Future<Output = ()> + 'static) {
+    spawn(priority, Box::pin(task) as BoxedTask);
 }
 
 impl Tasks {
-    fn of(&self, class: Class) -> &LocalExecutor<'static> {
-        let Self([tunnels, sessions, crowd]) = self;
-        match class {
-            Class::Tunnel => tunnels,
-            Class::Session => sessions,
-            Class::Crowd => crowd,
+    fn of(&self, priority: Priority) -> &LocalExecutor<'static> {
+        match priority {
+            Priority::High => &self.high,
+            Priority::Normal => &self.normal,
+            Priority::Low => &self.low,
         }
     }
 
     /// Runs the tasks until `last` ends. Passes its panic on, so that the worker reports it.
     async fn run_until(&self, last: Task<()>) {
-        let Self([tunnels, sessions, crowd]) = self;
         while !last.is_finished() {
-            tunnels.tick().or(sessions.tick()).or(crowd.tick()).await;
+            self.high.tick().or(self.normal.tick()).or(self.low.tick()).await;
             if !self.run_turn() {
                 // Events of tunnels come first.
                 yield_now().await;
@@ -91,21 +93,21 @@ impl Tasks {
         last.await;
     }
 
-    /// Runs the tunnels, and then the others for as long as the tunnels took, but each class for at least [`MIN_TURN`].
-    /// Returns false if some are left.
+    /// Runs the tunnels, and then those of each other priority for as long as the tunnels took, but at least for
+    /// [`MIN_TURN`]. Returns false if some are left.
     fn run_turn(&self) -> bool {
-        let Self([tunnels, others @ ..]) = self;
         let began = Instant::now();
-        while tunnels.try_tick() {}
-        let end = Instant::now() + began.elapsed();
-        others.each_ref().map(|tasks| run_for(tasks, end.max(Instant::now() + MIN_TURN))) == [true; 2]
+        while self.high.try_tick() {}
+        let time = MIN_TURN.max(began.elapsed());
+        run_for(&self.normal, time) & run_for(&self.low, time)
     }
 }
 
-/// Runs tasks until `end`. Returns false if some are left.
-fn run_for(tasks: &LocalExecutor<'_>, end: Instant) -> bool {
+/// Runs tasks for this time. Returns false if some are left.
+fn run_for(tasks: &LocalExecutor<'_>, time: Duration) -> bool {
+    let began = Instant::now();
     while tasks.try_tick() {
-        if Instant::now() > end {
+        if began.elapsed() > time {
             return false;
         }
     }
@@ -196,25 +198,25 @@ impl WorkerPool {
 
     /// Wakes all tasks that wait for sockets. Returns when all of them have been polled.
     pub(super) async fn wake_all(&self) {
-        self.run_on_all(reactor::wake_all).await;
+        self.run_on_all(reactor::wake_all, &[Priority::High, Priority::Normal, Priority::Low]).await;
     }
 
     /// Returns when each worker has run a task.
     pub(super) async fn wait_for_all(&self) {
-        self.run_on_all(|| {}).await;
+        self.run_on_all(|| {}, &[Priority::High, Priority::Normal]).await;
     }
 
-    /// Runs `call` in a task of each worker. Returns when all tasks have run that were woken by then.
-    async fn run_on_all(&self, call: fn()) {
+    /// Runs `call` on each worker. Returns when all tasks of these priorities have run that were woken by then.
+    async fn run_on_all(&self, call: fn(), priorities: &'static [Priority]) {
         let (done, all_done) = channel::bounded::<Infallible>(1);
         for worker in &self.workers {
             let done = done.clone();
             worker.send(move || {
                 call();
-                // The tasks of a class run in the order of their wake-ups, so these end last.
-                for class in [Class::Tunnel, Class::Session, Class::Crowd] {
+                // The tasks of a priority run in the order of their wake-ups, so these end last.
+                for priority in priorities {
                     let done = done.clone();
-                    spawn_boxed(class, async move { drop(done) });
+                    spawn_boxed(*priority, async move { drop(done) });
                 }
             });
         }
@@ -291,7 +293,7 @@ impl Worker {
             counters::set_worker(self.index);
             reactor::publish_socket_count(self.socket_count);
             let _ = self.reports.try_send(WorkerReport::Started);
-            let jobs = tasks.of(Class::Session).spawn(async move {
+            let jobs = tasks.of(Priority::Normal).spawn(async move {
                 while let Ok(job) = self.inbox.recv().await {
                     job();
                 }

@@ -277,13 +277,13 @@ fn attack_of_one_address_does_not_slow_other_clients() {
 
 /// With a core of its own, the delays are those of the server alone: the threads of the test cause none.
 #[test]
-fn tunnels_and_new_clients_run_before_a_crowd_on_a_server_that_computes_all_the_time() {
+fn tunnels_and_new_clients_come_first_on_a_server_that_computes_all_the_time() {
     enter_namespace!("", &resolv());
     run_on_own_core(false);
 }
 
 #[test]
-fn tunnels_and_new_clients_run_before_a_crowd_behind_a_load_balancer() {
+fn tunnels_and_new_clients_come_first_behind_a_load_balancer() {
     enter_namespace!("", &resolv());
     run_on_own_core(true);
 }

@@ -75,7 +75,7 @@ fn check_fails_like_a_start() {
             format!("--listen {} --proxy-protocol-from unix", unix("s5")),
             "refusing to serve the clients of --proxy-protocol-from without",
         ),
-        (2, "--listen 127.0.0.1:1080 --via 127.0.0.1:1080".into(), "is this server itself"),
+        (2, format!("--listen {port} --via 127.0.0.1:{port}"), "is this server itself"),
         (2, "--via alice@127.0.0.1:1".into(), "no password"),
         (2, "--bind-ports 1-10".into(), "--bind-ports: the server may not use ports below"),
         (2, "--no-such-option".into(), "--no-such-option"),
