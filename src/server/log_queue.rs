@@ -208,7 +208,7 @@ pub(super) fn reopen_access_log() {
 pub fn flush() {
     let [access_log_deadline, deadline] = FLUSH_TIMEOUTS.map(|timeout| Instant::now() + timeout);
     ACCESS_LOG.flush(access_log_deadline);
-    // The process ends before the others are written.
+    // The process may end before the others are written.
     ACCESS_LOG.lost.fetch_add(ACCESS_LOG.waiting.load(Ordering::Acquire) as u64, Ordering::Relaxed);
     ACCESS_LOG.report("the access log could not be written");
     STDERR.flush(deadline);

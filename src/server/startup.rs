@@ -41,11 +41,12 @@ impl ServerError {
 pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError> {
     let inherited = take(&mut options.inherited);
     let mut addrs: Vec<SocketAddr> = inherited.iter().flat_map(Listener::addrs).collect();
-    for listen in options.listen.iter().filter(|_| inherited.is_empty()) {
-        addrs.extend(check_listen(listen, &addrs, &options)?);
+    let listens = if inherited.is_empty() { options.listen.as_slice() } else { &[] };
+    for (i, listen) in listens.iter().enumerate() {
+        addrs.extend(check_listen(listen, "--listen", listens.iter().take(i), &addrs)?);
     }
     if let Some(listen) = &options.metrics {
-        policy.metrics_addrs = check_listen(listen, &addrs, &options)?;
+        policy.metrics_addrs = check_listen(listen, "--metrics", listens.iter(), &addrs)?;
     }
     prepare(&mut policy, &options, addrs)?();
     let Some(AccessLog { path, check, .. }) = options.access_log else { return Ok(()) };
@@ -99,17 +100,20 @@ fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerErr
 }
 
 /// Returns the addresses to bind. Fails as bind(2) would, also if address and port conflict with one of `others`, or if
-/// the options have the path of a Unix socket twice.
-fn check_listen(listen: &ListenAddr, others: &[SocketAddr], options: &Options) -> Result<Vec<SocketAddr>, ServerError> {
-    let option = if options.metrics.as_ref() == Some(listen) { "--metrics" } else { "--listen" };
+/// the path of a Unix socket is one of `before`.
+fn check_listen<'a>(
+    listen: &ListenAddr,
+    option: &str,
+    mut before: impl Iterator<Item = &'a ListenAddr>,
+    others: &[SocketAddr],
+) -> Result<Vec<SocketAddr>, ServerError> {
     let addrs = listen.resolve().map_err(|error| listen_error(listen, error, option))?;
     let is_used = |addr: &&SocketAddr| {
         let is_any = |other: &SocketAddr| addr.ip().is_unspecified() || other.ip().is_unspecified();
         let is_same = |other: &SocketAddr| addr.is_ipv4() == other.is_ipv4() && addr.port() == other.port();
         addr.port() != 0 && others.iter().any(|other| *addr == other || is_same(other) && is_any(other))
     };
-    let mut same = options.listen.iter().chain(&options.metrics).filter(|other| *other == listen);
-    let is_repeated = matches!(listen, ListenAddr::Unix(_)) && same.nth(1).is_some();
+    let is_repeated = matches!(listen, ListenAddr::Unix(_)) && before.any(|other| other == listen);
     let used = addrs.iter().find(is_used).map(ToString::to_string).or(is_repeated.then(|| listen.to_string()));
     let checked = used.map_or_else(|| listen.check(&addrs), |addr| Err((addr, Errno::ADDRINUSE.into())));
     checked.map(|()| addrs).map_err(|(addr, error)| listen_error(addr, error, option))
