@@ -63,7 +63,7 @@ impl FromStr for Proxy {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let is_supported = |scheme: &str| ["socks5h", "socks5", "socks"].contains(&&*scheme.to_ascii_lowercase());
-        let without_scheme = match text.split_once("://") {
+        let text = match text.split_once("://") {
             Some((scheme, rest)) if is_supported(scheme) => rest,
             // Other text is not printed: it may be part of a password.
             Some((scheme, _)) if scheme.chars().all(|c| c.is_ascii_alphanumeric()) => {
@@ -71,12 +71,13 @@ impl FromStr for Proxy {
             }
             _ => text,
         };
-        let text = format!("@{without_scheme}");
-        // A path, which may contain `@`, begins with the first `/`, or after `unix:`.
-        let path_at = text.find("@unix:").map(|at| at + 1).into_iter().chain(text.find('/')).min();
-        let (authority, path) = text.split_at(path_at.unwrap_or(text.len()));
-        let (userinfo, host) = authority.rsplit_once('@').unwrap_or_default();
-        let (userinfo, address) = (userinfo.strip_prefix('@'), format!("{host}{path}"));
+        // User and password end with the last `@` before the first `/`: a path may contain `@` too.
+        let authority = text.split('/').next().unwrap_or_default();
+        let userinfo = authority.rsplit_once('@').map(|(userinfo, _)| userinfo);
+        let address = userinfo.and_then(|userinfo| text.get(userinfo.len() + 1..)).unwrap_or(text);
+        if userinfo.is_some_and(|userinfo| userinfo.rsplit('@').next() == Some("unix:")) {
+            check_unix_path("@")?;
+        }
         let decode = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
         let login = userinfo.and_then(|userinfo| userinfo.split_once(':'));
         let credentials = login.map(|(user, passwd)| Credentials { uname: decode(user), passwd: decode(passwd) });
@@ -85,18 +86,20 @@ impl FromStr for Proxy {
         let (address, forwards_login) = match address.strip_suffix(CLIENT_LOGIN) {
             Some(_) if userinfo.is_some() => return Err(format!("{CLIENT_LOGIN} and a user cannot be combined")),
             Some(address) => (address, true),
-            None => (&*address, false),
+            None => (address, false),
         };
         let address = address.trim_end_matches('/');
-        let unix = |path: &str| Endpoint::Unix(OsString::from_vec(decode(path)).into());
-        let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
+        // `unix:a/b@host` may be a user and a password with a `/`.
+        let is_path = |path: &&str| path.starts_with(['/', '.']) || !path.contains('@');
+        let curl_path = address.strip_prefix("localhost").filter(|path| path.starts_with('/'));
+        let endpoint = match address.strip_prefix("unix:").filter(is_path).or(curl_path) {
             _ if address.contains('?') => return Err(format!("a proxy URL has no parameters but {CLIENT_LOGIN}")),
-            (Some(path), _) => check_unix_path(path).map(|()| unix(path))?,
-            (None, Some(("", path))) => unix(&format!("/{path}")),
-            _ if address.contains('/') => {
-                return Err("a proxy URL has no path (write unix:/PATH for a Unix socket, %2F %2C for / ,)".into());
+            Some(path) => check_unix_path(path).map(|()| Endpoint::Unix(OsString::from_vec(decode(path)).into()))?,
+            None if address.contains('/') => {
+                let remedy = "write unix:/PATH for a Unix socket, and %2F for / in a password";
+                return Err(format!("a proxy URL has no path ({remedy})"));
             }
-            _ => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
+            None => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
         };
         if matches!(endpoint, Endpoint::Tcp(Addr { port: 0, .. })) {
             return Err("the port of a proxy must not be 0".into());
@@ -107,10 +110,10 @@ impl FromStr for Proxy {
 
 /// Checks a path after `unix:`. Elsewhere, as in units of systemd, `@` begins the name of an abstract socket.
 pub fn check_unix_path(path: &str) -> Result<(), String> {
-    match path.bytes().next() {
-        None => Err("requires a path, as in unix:/run/s5.sock".into()),
-        Some(b'@') => Err("abstract sockets are not supported (for a file, write ./ before its name)".into()),
-        Some(_) => Ok(()),
+    match path.as_bytes() {
+        [] | [.., b'/'] => Err("requires the path of a file, as in unix:/run/s5.sock".into()),
+        [b'@', ..] => Err("abstract sockets are not supported (for a file, write ./ before its name)".into()),
+        _ => Ok(()),
     }
 }
 

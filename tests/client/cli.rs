@@ -105,7 +105,7 @@ fn error_names_invalid_target() {
 fn usage_error_has_a_remedy_or_refers_to_the_help() {
     let too_many = "too many operands: expected HOST:PORT, or HOST and PORT (see s5 connect --help)";
     let not_a_url = "target: expected HOST:PORT, not a URL (-x takes the URL of a proxy)";
-    let no_path = "a proxy URL has no path (write unix:/PATH for a Unix socket, %2F %2C for / ,)";
+    let no_path = "a proxy URL has no path (write unix:/PATH for a Unix socket, and %2F for / in a password)";
     let table = [
         ("connect -lk 9999 a:80", "-l 'k': expected [ADDR:]PORT (-l takes a value: write other options before it)"),
         ("udp -l x a:80", "-l 'x': expected [ADDR:]PORT (-l takes a value: write other options before it)"),

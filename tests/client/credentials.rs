@@ -199,6 +199,7 @@ fn only_passwords_in_urls_are_percent_decoded() {
     let pair = "alice:p:a@b%41, /";
     let passwd = b"p:a@b%41, /";
     assert_sends("alice:p%3Aa%40b%2541%2C%20%2F@", &[], &[], "alice", passwd);
+    assert_sends("unix:secret@", &[], &[], "unix", b"secret");
     assert_sends("", &["--proxy-auth-file", &file], &[], "alice", passwd);
     assert_sends("", &["-P", pair], &[], "alice", passwd);
     assert_sends("", &[], &[("S5_PROXY_AUTH", pair)], "alice", passwd);

@@ -171,10 +171,17 @@ fn at_sign_in_the_path_of_a_proxy_is_no_login() {
         let via = Server::start(&["--via", &url]);
         assert_eq!(outcome(&format!("connect -x {} {target}", via.addr()), b"via"), success("via"), "{url}");
     }
-    for url in ["127.0.0.1:1/topsecret@localhost:1", "socks5h://u:topsecret/x@localhost", "localhost:1/topsecret@h"] {
+    let slash = ["127.0.0.1:1/topsecret@localhost:1", "socks5h://u:topsecret/x@localhost", "localhost:1/topsecret@h"];
+    for url in slash.into_iter().chain(["unix:topsecret/x@h", "socks5h://unix:topsecret/x@h"]) {
         let (status, stderr) = run_client(Some(url), &[]);
         assert!(status == Some(2) && stderr.contains("a proxy URL has no path"), "{url}: {stderr}");
         assert!(!stderr.contains("topsecret"), "{url}: {stderr}");
+    }
+    let closed = closed_port();
+    for userinfo in ["unix:topsecret", "socks5h://unix:topsecret", "u:p@unix:topsecret", "unix:.topsecret"] {
+        let (status, stderr) = run_client(Some(&format!("{userinfo}@{closed}")), &[]);
+        assert!(status == Some(7) && stderr.starts_with(&format!("s5: proxy {closed}: ")), "{userinfo}: {stderr}");
+        assert!(!stderr.contains("topsecret"), "{userinfo}: {stderr}");
     }
 }
 

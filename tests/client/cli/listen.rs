@@ -73,6 +73,7 @@ fn listen_error_says_what_is_meant() {
             "--metrics",
             "abstract sockets are not supported (for a file, write ./ before its name)",
         ),
+        ("serve --check --listen unix:/dir/s5/", "--listen", "requires the path of a file, as in unix:/run/s5.sock"),
         ("serve --via unix:@s5", "--via", "abstract sockets are not supported (for a file, write ./ before its name)"),
         (
             "udp -x u:p@unix:@s5 a:80",
