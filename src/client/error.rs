@@ -66,7 +66,7 @@ pub enum ClientErrorKind {
     Protocol(String),
     /// The proxy closed the connection (`None`), or reading or writing failed.
     Closed(Option<io::Error>),
-    /// The proxy accepts none of the offered methods, which are these, or the client has no method to offer.
+    /// The offered methods, none of which the proxy accepts. Empty if the client has none to offer.
     NoAcceptableMethod(Vec<Method>),
     LoginRefused,
     Gssapi(gssapi::GssapiError),
@@ -119,6 +119,13 @@ impl Client {
     }
 }
 
+/// What to do if the proxy may require a method that was not offered.
+const REMEDIES: [(Method, &str); 3] = [
+    (Method::PASSWORD, "add user:password@ to the proxy's URL"),
+    (Method::GSSAPI, "run kinit"),
+    (Method::NONE, "allow more methods with --auth or --hop-auth"),
+];
+
 impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { proxy, target, phase, kind } = self;
@@ -154,14 +161,11 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Closed(Some(error)) => write!(f, "{error}{denied}"),
             ClientErrorKind::NoAcceptableMethod(offered) => {
                 let list = offered.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                let remedy = match offered.contains(&Method::NONE) {
-                    _ if ["", "none"].contains(&&*list) => "add user:password@ to the proxy's URL, or run kinit".into(),
-                    true => format!("offered: {list}; the proxy may require Kerberos: run kinit"),
-                    false => {
-                        format!("offered: {list}; the proxy may need no login: allow none in --auth or --hop-auth")
-                    }
-                };
-                write!(f, "no acceptable authentication method ({remedy})")
+                let list = if list.is_empty() { "nothing" } else { &list };
+                let missing = REMEDIES.iter().filter(|(method, _)| !offered.contains(method));
+                let remedies = missing.map(|(_, remedy)| *remedy).collect::<Vec<_>>().join(", or ");
+                let hint = format!("offered: {list}; {remedies}");
+                write!(f, "no acceptable authentication method ({})", hint.trim_end_matches("; "))
             }
             ClientErrorKind::Gssapi(error) => error.fmt(f),
             ClientErrorKind::LoginRefused => f.write_str("user name or password refused"),

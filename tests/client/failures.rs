@@ -1,5 +1,8 @@
 //! Handshake failures that are neither rows of the table in `behaviours.txt` nor transcripts.
 
+use s5::client::{ClientError, ClientErrorKind, Phase};
+use s5::proto::Method;
+
 use crate::*;
 
 #[test]
@@ -47,11 +50,11 @@ fn verbose_client_leaves_out_a_bnd_without_port() {
 #[test]
 fn refused_methods_are_named_with_what_may_help() {
     let refuse = "> {greeting}; < 05 ff";
-    let (kerberos, none) = ("may require Kerberos: run kinit", "may need no login: allow none in --auth or --hop-auth");
+    let (login, auth) = ("add user:password@ to the proxy's URL", "allow more methods with --auth or --hop-auth");
     let cases = [
-        ("", "", "(add user:password@ to the proxy's URL, or run kinit)".into()),
-        ("a:b@", "", format!("(offered: none, password; the proxy {kerberos})")),
-        ("a:b@", " --auth password", format!("(offered: password; the proxy {none})")),
+        ("", "", format!("(offered: none; {login}, or run kinit)")),
+        ("a:b@", "", "(offered: none, password; run kinit)".into()),
+        ("a:b@", " --auth password", format!("(offered: password; run kinit, or {auth})")),
     ];
     for (userinfo, auth, remedy) in cases {
         let addr = ScriptedServer::start(refuse).addr;
@@ -61,7 +64,17 @@ fn refused_methods_are_named_with_what_may_help() {
     let via = format!("a:b@{}", ScriptedServer::start(refuse).addr);
     let server = Server::start(&["--via", &via, "--hop-auth", "password"]);
     assert_eq!(outcome(&format!("connect -x {} {TARGET}", server.addr()), b"").0, Some(101));
-    server.wait_log(|log| log.contains("(offered: password; the proxy may need no login"));
+    server.wait_log(|log| log.contains("(offered: password; run kinit, or allow more methods with"));
+    let (none, password, gssapi) = (Method::NONE, Method::PASSWORD, Method::GSSAPI);
+    for (offered, remedy) in [
+        (vec![none, gssapi], format!("(offered: none, gssapi; {login})")),
+        (vec![none, password, gssapi], "(offered: none, password, gssapi)".into()),
+        (vec![], format!("(offered: nothing; {login}, or run kinit, or {auth})")),
+    ] {
+        let kind = ClientErrorKind::NoAcceptableMethod(offered);
+        let error = ClientError { proxy: None, target: None, phase: Phase::Greeting, kind };
+        assert_eq!(error.to_string(), format!("direct: greeting: no acceptable authentication method {remedy}"));
+    }
 }
 
 #[test]
