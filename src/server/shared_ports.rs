@@ -37,7 +37,10 @@ thread_local! {
 
 /// The clients of all shared ports.
 #[derive(Default)]
-pub(super) struct SharedPorts(Mutex<HashMap<GroupKey, Group>>);
+pub(super) struct SharedPorts {
+    groups: Mutex<HashMap<GroupKey, Group>>,
+    is_replaced: AtomicBool,
+}
 
 /// A datagram with its sender.
 type Received = (SocketAddr, Vec<u8>);
@@ -46,12 +49,12 @@ type Received = (SocketAddr, Vec<u8>);
 type GroupKey = (SocketAddr, IpAddr);
 
 /// The associations of one client address, oldest first.
+#[derive(Default)]
 struct Group {
     members: Vec<Arc<Member>>,
-    /// The task of the group ends when this is dropped.
-    is_used: Option<Sender<Infallible>>,
-    /// For the descriptor of the group, counted against the client of its first association.
-    _shares: Vec<ExtraGuard>,
+    /// The task of the group ends when this is dropped. The guards are for its descriptor, counted against the client of
+    /// the association that has started it.
+    task: Option<(Sender<Infallible>, Vec<ExtraGuard>)>,
 }
 
 /// The part of an association that the task of its group uses.
@@ -68,7 +71,7 @@ pub(super) struct Member {
 pub(super) struct Membership {
     ports: Arc<SharedPorts>,
     key: GroupKey,
-    pub(super) member: Arc<Member>,
+    member: Arc<Member>,
     handed_over: Pin<Box<Receiver<Received>>>,
 }
 
@@ -90,26 +93,34 @@ impl SharedPorts {
             handed_over: sender,
         });
         let key = (local, client.ip());
-        let mut groups = lock(&self.0);
-        if let Some(group) = groups.get_mut(&key) {
-            group.members.push(member.clone());
-        } else {
-            let (_shares, socket) = (count_socket()?, BatchSocket::bind(local, share_port)?);
+        let mut groups = lock(&self.groups);
+        if groups.get(&key).is_none_or(|group| group.task.is_none()) {
+            let (shares, socket) = (count_socket()?, BatchSocket::bind(local, share_port)?);
             // Filters by address only. Sockets that are connected to a port take precedence.
             socket.get_ref().connect(with_port(client, 0))?;
             let (is_used, receiver) = channel::bounded(1);
-            groups.insert(key, Group { members: vec![member.clone()], is_used: Some(is_used), _shares });
+            groups.entry(key).or_default().task = Some((is_used, shares));
             worker::spawn_boxed(Priority::Normal, self.clone().run_group(key, socket, receiver));
         }
+        let group = groups.entry(key).or_default();
+        group.members.push(member.clone());
+        self.on_change(group);
         drop(groups);
         Ok(Membership { ports: self.clone(), key, member, handed_over: Box::pin(receiver) })
     }
 
-    /// Leaves datagrams from new ports to the process that replaces this one, unless an association waits for its first.
+    /// Leaves datagrams from new ports to the process that replaces this one, except while an association of their client
+    /// waits for its first one.
     pub(super) fn on_replaced(&self) {
+        self.is_replaced.store(true, Ordering::Relaxed);
+        lock(&self.groups).values_mut().for_each(|group| self.on_change(group));
+    }
+
+    fn on_change(&self, group: &mut Group) {
         let has_port = |member: &Arc<Member>| member.port.load(Ordering::Relaxed) != 0;
-        let mut groups = lock(&self.0);
-        groups.values_mut().filter(|group| group.members.iter().all(has_port)).for_each(|group| group.is_used = None);
+        if self.is_replaced.load(Ordering::Relaxed) && group.members.iter().all(has_port) {
+            group.task = None;
+        }
     }
 
     /// Hands datagrams over until the group has no members. At the end, those that the socket still has go to a new group
@@ -130,7 +141,7 @@ impl SharedPorts {
 
     /// Hands a datagram over to the association that it belongs to. The port of the datagram becomes the association's.
     fn hand_over(&self, key: GroupKey, from: SocketAddr, bytes: &[u8]) {
-        let groups = lock(&self.0);
+        let groups = lock(&self.groups);
         let members = groups.get(&key).map(|group| group.members.as_slice()).unwrap_or_default();
         let candidates = members.iter().filter(|member| from.ip() == key.1 && member.is_well_formed(bytes));
         let ranked = candidates.filter_map(|member| Some((member.rank(from.port())?, member)));
@@ -157,14 +168,19 @@ impl Member {
         }
     }
 
-    /// Sets the port of the client, and whether other ports of the client may replace it.
-    pub(super) fn set_port(&self, port: u16, accepts_other_ports: bool) {
+    fn set_port(&self, port: u16, accepts_other_ports: bool) {
         self.port.store(port, Ordering::Relaxed);
         self.accepts_other_ports.store(accepts_other_ports, Ordering::Relaxed);
     }
 }
 
 impl Membership {
+    /// Sets the port of the client, and whether other ports of the client may replace it.
+    pub(super) fn set_port(&self, port: u16, accepts_other_ports: bool) {
+        self.member.set_port(port, accepts_other_ports);
+        lock(&self.ports.groups).get_mut(&self.key).into_iter().for_each(|group| self.ports.on_change(group));
+    }
+
     /// Returns the next datagram that was handed over.
     pub(super) fn poll_handed_over(&mut self, cx: &mut Context<'_>) -> Option<Received> {
         match self.handed_over.as_mut().poll_next(cx) {
@@ -176,9 +192,10 @@ impl Membership {
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        let mut groups = lock(&self.ports.0);
+        let mut groups = lock(&self.ports.groups);
         let Some(group) = groups.get_mut(&self.key) else { return };
         group.members.retain(|member| !Arc::ptr_eq(member, &self.member));
+        self.ports.on_change(group);
         if group.members.is_empty() {
             groups.remove(&self.key);
         }

@@ -130,7 +130,7 @@ impl ClientSocket {
     /// Sets which datagrams are handed over to this association, if it shares its port.
     fn set_shared_port(&self, accepts_other_ports: bool) {
         if let Some(membership) = &self.membership {
-            membership.member.set_port(self.addr.port(), accepts_other_ports);
+            membership.set_port(self.addr.port(), accepts_other_ports);
         }
     }
 

@@ -5,7 +5,7 @@ use std::os::unix::net::{self as unix, UnixDatagram};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
-use crate::udp::association::Association;
+use crate::udp::association::{Association, socket};
 use crate::*;
 
 /// Waits until the old process has ended. It stays a zombie, because the new process has its stderr open.
@@ -196,7 +196,13 @@ fn associations_on_a_shared_port_work_in_both_processes_after_a_restart() {
     let server = Server::start(&["--udp-ports", "5000", "--drain-timeout", "60"]);
     let old = [(); 5].map(|()| Association::new(&server));
     old.iter().for_each(|association| association.ping(echo, b"before"));
+    let in_handshake = greet(&server);
     let _successor = Successor::of(&server);
+    let late = Association::with_control(in_handshake, addr("0.0.0.0:0"), socket(V4));
+    late.ping(echo, b"after");
+    // The sockets for new ports are connected to port 0.
+    let udp = || fs::read_to_string("/proc/thread-self/net/udp").expect("readable");
+    wait_until("the old process leaves new ports", TIMEOUT, || !udp().contains(":1388 0100007F:0000 "));
     let new = [(); 20].map(|()| Association::new(&server));
     new.iter().chain(&old).for_each(|association| association.ping(echo, b"after"));
 }

@@ -22,7 +22,13 @@ impl Association {
 
     /// Opens an association with this DST.
     pub fn with_dst(server: &Server, dst: SocketAddr, socket: UdpSocket) -> Self {
-        let (control, rep, bnd) = open(server, UDP_ASSOCIATE, dst);
+        Self::with_control(greet(server), dst, socket)
+    }
+
+    /// Opens an association with this DST after the handshake of `control`.
+    pub fn with_control(mut control: TcpStream, dst: SocketAddr, socket: UdpSocket) -> Self {
+        control.write_all(&request(UDP_ASSOCIATE, dst)).expect("request sent");
+        let (rep, bnd) = read_reply(&mut control);
         assert_eq!(rep, 0);
         assert_ne!(bnd.port(), 0);
         Self { control, socket, bnd }
