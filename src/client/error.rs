@@ -119,13 +119,6 @@ impl Client {
     }
 }
 
-/// What to do if the proxy may require a method that was not offered.
-const REMEDIES: [(Method, &str); 3] = [
-    (Method::PASSWORD, "add user:password@ to the proxy's URL"),
-    (Method::GSSAPI, "run kinit"),
-    (Method::NONE, "allow more methods with --auth or --hop-auth"),
-];
-
 impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { proxy, target, phase, kind } = self;
@@ -162,7 +155,13 @@ impl fmt::Display for ClientError {
             ClientErrorKind::NoAcceptableMethod(offered) => {
                 let list = offered.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
                 let list = if list.is_empty() { "nothing" } else { &list };
-                let missing = REMEDIES.iter().filter(|(method, _)| !offered.contains(method));
+                // The proxy may require a method that was not offered.
+                let remedies = [
+                    (Method::PASSWORD, "add user:password@ to the proxy's URL"),
+                    (Method::GSSAPI, "run kinit"),
+                    (Method::NONE, "allow more methods with --auth or --hop-auth"),
+                ];
+                let missing = remedies.iter().filter(|(method, _)| !offered.contains(method));
                 let remedies = missing.map(|(_, remedy)| *remedy).collect::<Vec<_>>().join(", or ");
                 let hint = format!("offered: {list}; {remedies}");
                 write!(f, "no acceptable authentication method ({})", hint.trim_end_matches("; "))

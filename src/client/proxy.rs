@@ -1,6 +1,5 @@
 //! Proxies, their URLs, and addresses as users write them: a port can be the name of a service.
 
-use std::borrow::Cow;
 use std::ffi::OsString;
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -36,13 +35,6 @@ pub enum Endpoint {
     Tcp(Addr),
     /// A Unix socket.
     Unix(PathBuf),
-}
-
-impl Proxy {
-    /// Returns true if the proxy listens on a Unix socket.
-    pub fn is_unix(&self) -> bool {
-        matches!(self.endpoint, Endpoint::Unix(_))
-    }
 }
 
 /// Writes the address, without credentials.
@@ -83,12 +75,11 @@ impl FromStr for Proxy {
         let credentials = login.map(|(user, passwd)| Credentials { uname: decode(user), passwd: decode(passwd) });
         let uname = userinfo.filter(|_| login.is_none()).map(decode);
         credentials.as_ref().map_or(Ok(()), check_credentials)?;
-        let (address, forwards_login) = match address.strip_suffix(CLIENT_LOGIN) {
-            Some(_) if userinfo.is_some() => return Err(format!("{CLIENT_LOGIN} and a user cannot be combined")),
-            Some(address) => (address, true),
-            None => (address, false),
-        };
-        let address = address.trim_end_matches('/');
+        let forwards_login = address.ends_with(CLIENT_LOGIN);
+        if forwards_login && userinfo.is_some() {
+            return Err(format!("{CLIENT_LOGIN} and a user cannot be combined"));
+        }
+        let address = address.strip_suffix(CLIENT_LOGIN).unwrap_or(address).trim_end_matches('/');
         // `unix:a/b@host` may be a user and a password with a `/`.
         let is_path = |path: &&str| path.starts_with(['/', '.']) || !path.contains('@');
         let curl_path = address.strip_prefix("localhost").filter(|path| path.starts_with('/'));
@@ -118,10 +109,10 @@ pub fn check_unix_path(path: &str) -> Result<(), String> {
 }
 
 /// Replaces the `%25` before a zone by `%` (RFC 6874).
-fn decode_zone(address: &str) -> Cow<'_, str> {
+fn decode_zone(address: &str) -> String {
     match address.split_once("%25") {
         // `%25` alone is zone 25.
-        Some((ip, zone)) if zone.starts_with(|c: char| c.is_ascii_alphabetic()) => format!("{ip}%{zone}").into(),
+        Some((ip, zone)) if zone.starts_with(|c: char| c.is_ascii_alphabetic()) => format!("{ip}%{zone}"),
         _ => address.into(),
     }
 }
@@ -138,7 +129,7 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
                     path, write %2C %2F %3A %3F %40 %7C %25 for , / : ? @ | %";
         if error.contains('"') { hint.into() } else { error }
     })?;
-    match hops.iter().skip(1).find(|hop| hop.is_unix()) {
+    match hops.iter().skip(1).find(|hop| matches!(hop.endpoint, Endpoint::Unix(_))) {
         Some(hop) => Err(format!("{hop}: a Unix socket can only be the first hop")),
         None => Ok(hops),
     }

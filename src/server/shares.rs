@@ -15,11 +15,11 @@ use smol::channel::{self, Sender};
 /// clients on Unix sockets have the same key.
 // The bits of an IPv4 address, or those of the /64 inverted: no client has an address in ffff:ffff::/32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct ClientKey(NonZeroU64);
+pub struct ClientKey(NonZeroU64);
 
 impl ClientKey {
     /// `client` is `None` on a Unix socket.
-    pub(super) fn new(client: Option<IpAddr>) -> Self {
+    pub fn new(client: Option<IpAddr>) -> Self {
         let bits = match client.map(|ip| ip.to_canonical()) {
             None => 0,
             Some(IpAddr::V4(ip)) => ip.to_bits().into(),

@@ -15,7 +15,7 @@ use smol::channel::{self, Receiver, Sender};
 use super::options::ClientArgs;
 use super::report::{JsonOutput, SessionReport};
 use super::{credentials, proxies};
-use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Phase, Proxy};
+use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Endpoint, Phase, Proxy};
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use crate::gssapi::Initiator;
 use crate::net::{LocalAddr, reactor, sleep, timeout_at};
@@ -299,7 +299,7 @@ fn source_from_args(args: &ClientArgs, hops: &[Proxy]) -> CliResult<LocalAddr> {
     }
     let any = LocalAddr::default().ips.map(|ip| ip.filter(|ip| !is_excluded(ip)));
     let ips = args.source.map_or(any, |ip| [Some(ip), None]);
-    let is_unix = hops.first().is_some_and(Proxy::is_unix);
+    let is_unix = matches!(hops, [Proxy { endpoint: Endpoint::Unix(_), .. }, ..]);
     let has_source = args.source.is_some() || args.source_port.is_some() || args.ipv4 || args.ipv6;
     CliError::usage_if(is_unix && has_source, "-4, -6, -s and -p cannot be used with a proxy on a Unix socket")?;
     Ok(LocalAddr { ips, port: args.source_port.unwrap_or(0) })

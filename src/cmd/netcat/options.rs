@@ -230,8 +230,8 @@ pub struct ClientArgs {
     #[argh(switch, short = 'k')]
     pub(crate) keep_open: bool,
 
-    /// with -l, limit concurrent peers [default: 256]. Datagrams of further peers are dropped. One IP address has at most
-    /// 4/5 of the peers.
+    /// with -l, limit concurrent peers [default: 256]. Datagrams of further peers are dropped. If N is 5 or more, one IP
+    /// address (IPv6: a /64) has at most about 4/5 of them.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "DEFAULT_MAX_PEERS")]
     pub(crate) max_peers: usize,
 

@@ -85,7 +85,7 @@ impl JsonOutput {
             Self::Disabled => {}
             Self::Stderr => eprint_line(object),
             Self::File(file, true)
-                if poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&Timespec::default())) == Ok(0) =>
+                if poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&Timespec::default())) != Ok(1) =>
             {
                 return Err(io::Error::other("the reader has stopped, so the object is lost"));
             }

@@ -14,6 +14,7 @@ use crate::cmd::cli::exit::{CliResult, ExitStatus};
 use crate::cmd::netcat::connector::{Connector, ModeFuture};
 use crate::cmd::netcat::forward::{Task, listen};
 use crate::net::{DATAGRAM_BUFFER_SIZE, Interest, Io, retry_refused, sleep_until, yield_now};
+use crate::server::ClientKey;
 
 /// Maximum number of queued datagrams of a peer. Further datagrams are dropped.
 const MAX_QUEUED: usize = 64;
@@ -21,34 +22,32 @@ const MAX_QUEUED: usize = 64;
 const LARGE_DATAGRAM: usize = 2048;
 /// If this many datagrams of a peer are queued, large ones are dropped.
 const MAX_QUEUED_LARGE: usize = 4;
-/// Minimum time between two attempts for a peer after an error, and between two equal lines.
+/// Minimum time between two attempts for a peer after an error, and between two lines.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
 /// Default idle timeout of a peer's association, as RFC 4787 section 4.3 recommends for the mappings of a NAT.
 const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
-/// One IP address has at most this many peers for each peer that is still possible. So a single address has at most 4/5
-/// of all, and others find a place.
+/// One IP address (IPv6: a /64) has at most this many peers for each peer that is still possible. If `--max-peers` is 5
+/// or more, a single address has at most about 4/5 of all, and others find a place.
 const PEERS_PER_FREE_PLACE: usize = 4;
 
 /// The queue of datagrams of each peer, from its first datagram to the end of its association.
 type PeerQueues = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
 
-/// Prints lines, but an equal one only after `MIN_INTERVAL`, with the number of those that were left out before it.
+/// Prints at most one line per `MIN_INTERVAL`. The value is the time of the last line, and the number of lines that were
+/// omitted after it.
 #[derive(Default)]
-struct LimitedLines {
-    last: RefCell<Option<(String, Instant)>>,
-    omitted: Cell<u64>,
-}
+struct LimitedLines(Cell<Option<(Instant, u64)>>);
 
 impl LimitedLines {
     fn print(&self, connector: &Connector, line: &str) {
-        let is_recent = |(last, at): &(String, Instant)| last == line && at.elapsed() < MIN_INTERVAL;
-        if self.last.borrow().as_ref().is_some_and(is_recent) {
-            return self.omitted.set(self.omitted.get() + 1);
-        }
-        let omitted = Some(self.omitted.take()).filter(|n| *n > 0).map(|n| format!(" ({n} more before)"));
-        connector.print_line(&format!("s5: {line}{}", omitted.unwrap_or_default()));
-        self.last.replace(Some((line.into(), Instant::now())));
+        let omitted = match self.0.get() {
+            Some((at, n)) if at.elapsed() < MIN_INTERVAL => return self.0.set(Some((at, n + 1))),
+            Some((_, n @ 1..)) => format!(" (omitted lines: {n})"),
+            _ => String::new(),
+        };
+        connector.print_line(&format!("s5: {line}{omitted}"));
+        self.0.set(Some((Instant::now(), 0)));
     }
 }
 
@@ -90,7 +89,8 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> CliResult {
 
 fn has_room(peers: &HashMap<SocketAddr, Sender<Vec<u8>>>, ip: IpAddr, max_peers: usize) -> bool {
     let free = max_peers.saturating_sub(peers.len());
-    free > 0 && peers.keys().filter(|peer| peer.ip() == ip).count() < free.saturating_mul(PEERS_PER_FREE_PLACE)
+    let is_same = |peer: &&SocketAddr| ClientKey::new(Some(peer.ip())) == ClientKey::new(Some(ip));
+    free > 0 && peers.keys().filter(is_same).count() < free.saturating_mul(PEERS_PER_FREE_PLACE)
 }
 
 /// Opens an association for a peer, and after an error another one if the peer sends again.
