@@ -123,7 +123,9 @@ impl Limiter {
         if let Err(limit) = assigned {
             counters::count(Counter::Refused);
             let client = client.map_or("unix".into(), |client| client.ip().to_string());
-            warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)"));
+            let is_of_all = self.max_per_client.is_some_and(|own| own != limit);
+            let option = if is_of_all { "--max-connections" } else { "--max-per-client" };
+            warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise {option})"));
         }
         assigned.is_ok()
     }

@@ -86,7 +86,7 @@ pub(super) struct ShareGuard {
 }
 
 /// A further use of a client. It is not counted for the limit of [`ShareGuard::assign`].
-pub(super) struct ExtraGuard(ShareGuard);
+pub(super) struct ExtraGuard(Shares, ClientKey);
 
 impl Shares {
     /// Limits the uses at once, of all clients and of each one. Both limits are at least 1.
@@ -97,19 +97,17 @@ impl Shares {
 
     /// Returns `None` if the client or the resource is at its limit. A client that is `None` is not known yet.
     pub(super) fn try_acquire(&self, client: impl Into<Option<ClientKey>>) -> Option<ShareGuard> {
-        let (client, mut usage) = (client.into(), self.usage());
-        if !usage.try_use(client) {
-            return None;
-        }
-        Some(ShareGuard { shares: self.clone(), client })
+        let client = client.into();
+        let is_acquired = self.usage().try_use(client);
+        is_acquired.then(|| ShareGuard { shares: self.clone(), client })
     }
 
     /// Returns `None`, and uses nothing, if the client or the resource has fewer than `count` uses left.
     pub(super) fn try_acquire_extra(&self, client: ClientKey, count: usize) -> Option<Vec<ExtraGuard>> {
         let acquire = |_| {
-            let guard = self.try_acquire(client)?;
-            self.usage().entry(Some(client)).extra += 1;
-            Some(ExtraGuard(guard))
+            let mut usage = self.usage();
+            let is_acquired = usage.try_use(Some(client));
+            is_acquired.then(|| usage.entry(Some(client)).extra += 1).map(|()| ExtraGuard(self.clone(), client))
         };
         (0..count).map(acquire).collect()
     }
@@ -126,6 +124,17 @@ impl Shares {
             if let Ok(guard) = receiver.recv().await {
                 return guard;
             }
+        }
+    }
+
+    /// Ends a use, of which `extra` are extra ones, and grants it to a request that waits.
+    fn release(&self, client: Option<ClientKey>, extra: usize) {
+        let mut usage = self.usage();
+        usage.entry(client).extra -= extra;
+        let next = usage.release(client);
+        drop(usage);
+        if let Some((sender, client)) = next {
+            let _ = sender.try_send(ShareGuard { shares: self.clone(), client });
         }
     }
 
@@ -208,17 +217,18 @@ impl Usage {
 impl ShareGuard {
     /// Returns true if the client has many uses.
     pub(super) fn is_of_crowd(&self) -> bool {
-        self.shares.usage().clients.get(&self.client).is_some_and(|client| client.in_use > CROWD)
+        self.shares.usage().clients.get(&self.client).is_some_and(|client| client.in_use - client.extra > CROWD)
     }
 
-    /// Makes a reservation a use of `client`. Returns the limit if the client is at that of all of its uses, or at
-    /// `limit`, which is that of all but the extra ones.
+    /// Makes a reservation a use of `client`. `limit` does not count extra uses; `per_client` does. Returns the limit that
+    /// is reached.
     pub(super) fn assign(&mut self, client: ClientKey, limit: usize) -> Result<(), usize> {
         let client = Some(client);
         let mut usage = self.shares.usage();
         let (in_use, extra) = usage.clients.get(&client).map_or((0, 0), |entry| (entry.in_use, entry.extra));
-        if in_use - extra >= limit || in_use >= usage.per_client {
-            return Err(if in_use - extra >= limit { limit } else { usage.per_client });
+        let limits = [(in_use - extra, limit), (in_use, usage.per_client)];
+        if let Some((_, limit)) = limits.into_iter().find(|(used, limit)| used >= limit) {
+            return Err(limit);
         }
         usage.entry(client).in_use += 1;
         usage.entry(self.client).in_use -= 1;
@@ -246,18 +256,15 @@ impl Drop for PlaceInQueue<'_> {
     }
 }
 
-impl Drop for ExtraGuard {
+impl Drop for ShareGuard {
     fn drop(&mut self) {
-        self.0.shares.usage().entry(self.0.client).extra -= 1;
+        self.shares.release(self.client, 0);
     }
 }
 
-impl Drop for ShareGuard {
+impl Drop for ExtraGuard {
     fn drop(&mut self) {
-        let next = self.shares.usage().release(self.client);
-        if let Some((sender, client)) = next {
-            let _ = sender.try_send(Self { shares: self.shares.clone(), client });
-        }
+        self.0.release(Some(self.1), 1);
     }
 }
 

@@ -163,6 +163,16 @@ fn association_counts_as_sessions_for_all_of_its_descriptors() {
 }
 
 #[test]
+fn refusal_for_the_descriptors_of_associations_names_max_connections() {
+    enter_namespace!("", "");
+    let server = Server::start(&["--max-connections", "16", "--max-per-client", "8"]);
+    // They count as all 12 sessions that one client may have, but as 6 for --max-per-client.
+    let associations = open_all(&server, [127, 0, 0, 1], UDP_ASSOCIATE);
+    assert_eq!(associations.len(), 6);
+    server.wait_log(|log| log.contains("refused: limit of 12 connections reached (raise --max-connections)"));
+}
+
+#[test]
 fn reload_works_when_sessions_have_all_descriptors() {
     if !is_installed("prlimit") {
         return;
