@@ -176,7 +176,12 @@ impl fmt::Display for ClientError {
                 write!(f, " (REP {}) ({remedy})", Rep::TTL_EXPIRED.0)
             }
             ClientErrorKind::Relay(relay, failure) => write!(f, "UDP relay {relay}: {failure}"),
-            ClientErrorKind::TimedOut(after) => write!(f, "timed out after {after:?}"),
+            ClientErrorKind::TimedOut(after) => {
+                // Without the microseconds that have passed before.
+                let after = after.saturating_add(Duration::from_micros(500));
+                let micros = Duration::from_nanos(u64::from(after.subsec_nanos()) % 1_000_000);
+                write!(f, "timed out after {:?}", after - micros)
+            }
         }
     }
 }

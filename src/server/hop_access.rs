@@ -2,7 +2,7 @@
 
 use std::future::pending;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
@@ -52,18 +52,15 @@ impl HopAccess {
         attempt: impl AsyncFn(&Client) -> Result<T, ClientError>,
     ) -> SessionResult<(T, Client)> {
         let mut last_error = SessionError::general_failure("no proxy");
-        // For error messages.
-        let rounded =
-            |t: Duration| Duration::from_millis(u64::try_from((t.as_millis() + 5) / 10 * 10).unwrap_or(u64::MAX));
         let mut chains = self.hop.in_order(Instant::now()).into_iter();
         while let Some((index, mut proxies)) = chains.next() {
             for proxy in proxies.iter_mut().filter(|proxy| proxy.forwards_login) {
                 proxy.credentials = self.login.as_ref().map(|login| login.credentials.clone());
             }
-            let remaining = rounded(deadline.saturating_duration_since(Instant::now()));
+            let remaining = deadline.saturating_duration_since(Instant::now());
             let client = Client::new(proxies, dst.clone(), Some(remaining), self.options.clone());
             let others = u32::try_from(chains.len()).unwrap_or(u32::MAX);
-            let share = rounded(remaining / others.saturating_add(1));
+            let share = remaining / others.saturating_add(1);
             let too_slow = async {
                 sleep(share).await;
                 // The client itself ends at the deadline.
