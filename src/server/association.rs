@@ -33,7 +33,7 @@ use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Datagram, Host, HostName};
 use crate::reassembly::Reassembler;
 use client_socket::ClientSocket;
-use egress::{Egress, OutboundSocket};
+use egress::{DIRECT_SOCKETS, Egress, OutboundSocket};
 use name_cache::{NameCache, Resolved};
 use upstream::{only_route, open_only_route};
 
@@ -46,7 +46,7 @@ thread_local! {
 
 pub(super) async fn serve(session: &mut Session, dst: &Addr) -> SessionResult<()> {
     let hop = only_route(session).and_then(|route| session.server().options.hops.get(route.hop?));
-    let sockets = hop.map_or(2, |hop| hop.association_sockets());
+    let sockets = hop.map_or(DIRECT_SOCKETS, |hop| hop.association_sockets());
     let admitted = session.server().limiter.admit_association(session.log.client_key(), sockets);
     let _shares = admitted.map_err(SessionError::general_failure)?;
     let egress = Egress { upstreams: open_only_route(session).await?, ..Egress::default() };

@@ -17,6 +17,9 @@ use crate::net::{BatchSocket, GsoBatch, set_outbound_options, wake_later, with_s
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Host, HostName};
 
+/// Sockets to targets that an association is counted with: one for each address family.
+pub(super) const DIRECT_SOCKETS: usize = 2;
+
 #[derive(Default)]
 pub(super) struct Egress {
     /// Created when first used, one for each source address.
@@ -29,7 +32,7 @@ pub(super) struct Egress {
 pub(super) struct OutboundSocket {
     local: SocketAddr,
     pub(super) socket: BatchSocket,
-    /// For its descriptor, if it is not one of the two of the association.
+    /// For its descriptor, if the association has [`DIRECT_SOCKETS`] without it.
     _shares: Vec<ExtraGuard>,
 }
 
@@ -100,7 +103,7 @@ impl Egress {
         let index = self.sockets.iter().position(|socket| socket.local == local);
         let index = index.unwrap_or(self.sockets.len());
         if index == self.sockets.len() {
-            let count = usize::from(index >= 2);
+            let count = usize::from(index >= DIRECT_SOCKETS);
             let shares = session.server().limiter.count_descriptors(session.log.client_key(), count)?;
             if !ip.is_unspecified() {
                 session.log.add_outbound(ip);
