@@ -60,7 +60,7 @@ pub(super) fn start(server: Arc<Server>, client: Option<SocketAddr>, share: Shar
 /// handshake.
 fn serve(mut session: Session, handshake: HandshakeGuard) {
     let (id, client) = (session.log.id, session.log.client_key());
-    let priority = if session.permit.share.is_of_crowd() { Priority::Low } else { Priority::Normal };
+    let priority = if session.permit.share.has_many() { Priority::Low } else { Priority::Normal };
     let task = in_session(id, client, async move {
         let mut handshake = Some(handshake);
         let result = match unless(replaced(handshake.as_ref()), session.log_in()).await {

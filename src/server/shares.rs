@@ -43,8 +43,8 @@ impl fmt::Display for ClientKey {
     }
 }
 
-/// Number of uses of a client from which on it has many: more than those of a person at a browser.
-const CROWD: usize = 64;
+/// Number of uses above which a client has many: more than a person at a browser has.
+const MANY: usize = 64;
 
 /// Locks a value that no panic leaves invalid.
 pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -216,8 +216,8 @@ impl Usage {
 
 impl ShareGuard {
     /// Returns true if the client has many uses.
-    pub(super) fn is_of_crowd(&self) -> bool {
-        self.shares.usage().clients.get(&self.client).is_some_and(|client| client.in_use - client.extra > CROWD)
+    pub(super) fn has_many(&self) -> bool {
+        self.shares.usage().clients.get(&self.client).is_some_and(|client| client.in_use - client.extra > MANY)
     }
 
     /// Makes a reservation a use of `client`. `limit` does not count extra uses; `per_client` does. Returns the limit that
