@@ -2,7 +2,6 @@
 //! lookups and connection attempts of each client, for all commands, hops and datagrams.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -182,7 +181,7 @@ pub(super) fn warn(text: impl FnOnce() -> String) {
 }
 
 /// The limits of the sessions of one client. Those of all clients have the same shares.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(super) struct DialShares {
     lookups: Shares,
     extra_attempts: Shares,
@@ -200,12 +199,6 @@ impl DialShares {
 
     pub(super) fn of(&self, client: ClientKey) -> Self {
         Self { client, ..self.clone() }
-    }
-}
-
-impl fmt::Debug for DialShares {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DialShares({})", self.client)
     }
 }
 

@@ -52,9 +52,10 @@ pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// A limited resource, which clients share. Clones are the same resource.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(super) struct Shares(Arc<Mutex<Usage>>);
 
+#[derive(Debug)]
 struct Usage {
     /// Maximum number of uses at once.
     limit: usize,
@@ -68,6 +69,7 @@ struct Usage {
     last_number: u64,
 }
 
+#[derive(Debug)]
 struct ClientUsage {
     in_use: usize,
     /// Those of `in_use` that an [`ExtraGuard`] has.
