@@ -19,6 +19,8 @@ pub const MAX_ADDRS: usize = 16;
 /// Maximum number of ports of a name with a state of their own. Above it, the oldest is forgotten.
 const MAX_PORTS: usize = 8;
 
+const _: () = assert!(MAX_ADDRS <= u16::BITS as usize, "PortState::failed has a bit for each address");
+
 /// The addresses of one name.
 #[derive(Debug)]
 pub struct NameAddrs {

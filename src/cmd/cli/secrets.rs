@@ -11,12 +11,13 @@ const FILLER: u8 = b'x';
 const ARG_START_FIELD: usize = 48;
 const ENV_START_FIELD: usize = 50;
 
-/// Returns `arg` with `…` instead of the text before its last `@`. A scheme is kept.
+/// Returns `arg` with `…` instead of the text before its last `@`. A scheme and a quote are kept.
 pub(crate) fn without_userinfo(arg: &str) -> String {
+    let quote = if arg.starts_with('\'') { "'" } else { "" };
     match arg.rsplit_once('@') {
         Some((before, host)) => match before.split_once("://") {
             Some((scheme, _)) => format!("{scheme}://…@{host}"),
-            None => format!("…@{host}"),
+            None => format!("{quote}…@{host}"),
         },
         None => arg.into(),
     }

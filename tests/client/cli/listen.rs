@@ -65,7 +65,7 @@ fn listen_error_says_what_is_meant() {
         ("serve --listen 192.0.2.1", "--listen", "(write 192.0.2.1:PORT)"),
         (
             "serve --listen unix:@s5",
-            "--listen",
+            "--listen '…@s5': ",
             "abstract sockets are not supported (for a file, write ./ before its name)",
         ),
         (
