@@ -152,7 +152,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         shared_ports: Arc::default(),
     });
     let spare = RefCell::default();
-    lend_spare(&spare, descriptors, || ());
+    with_spare_descriptors(&spare, descriptors, || ());
     let passed_on = [&listeners, &metrics].map(|listeners| listeners.iter().map(Arc::downgrade).collect());
     let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
     let (is_replaced, replaced) = channel::bounded(1);
@@ -168,7 +168,7 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let reload = async || {
         notifier.reloading();
         log_queue::reopen_access_log();
-        let loaded = lend_spare(&spare, descriptors, || {
+        let loaded = with_spare_descriptors(&spare, descriptors, || {
             if is_restricted {
                 sandbox::warn_unreadable_system_files();
             }
@@ -177,7 +177,8 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
         reload(server, loaded).await;
         notifier.ready();
     };
-    let spawn = |restarter: &Restarter| lend_spare(&spare, descriptors, || restarter.start_successor(&passed_on));
+    let spawn =
+        |restarter: &Restarter| with_spare_descriptors(&spare, descriptors, || restarter.start_successor(&passed_on));
     let restart = async || {
         let started = match &restarter {
             Ok(restarter) => restarter.wait_ready(spawn(restarter)).await,
@@ -293,7 +294,7 @@ fn spare_count(limit: u64) -> u64 {
 }
 
 /// Runs `work`, which can use the spare descriptors, and opens these again.
-fn lend_spare<T>(spare: &RefCell<Vec<OwnedFd>>, limit: u64, work: impl FnOnce() -> T) -> T {
+fn with_spare_descriptors<T>(spare: &RefCell<Vec<OwnedFd>>, limit: u64, work: impl FnOnce() -> T) -> T {
     spare.take();
     let result = work();
     spare.replace((0..spare_count(limit)).map_while(|_| fcntl_dupfd_cloexec(io::stderr(), 3).ok()).collect());
