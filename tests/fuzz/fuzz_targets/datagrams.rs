@@ -6,7 +6,7 @@
 mod support;
 
 use std::cell::OnceCell;
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::thread;
@@ -36,6 +36,16 @@ fn socket() -> UdpSocket {
     let socket = UdpSocket::bind("127.0.0.1:0").expect("bound");
     socket.set_read_timeout(Some(Duration::from_secs(1))).expect("timeout set");
     socket
+}
+
+/// Repeats a call that a signal interrupts: libFuzzer has a timer.
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
 }
 
 fn valid(from: SocketAddr) -> Vec<u8> {
@@ -70,11 +80,11 @@ impl ServerSide {
         self.socket.send(&valid(self.target.local_addr().expect("local address"))).expect("sent");
         let (mut buffer, mut from) = ([0; 2048], None);
         while from.is_none() {
-            let (n, sender) = self.target.recv_from(&mut buffer).expect("a valid datagram arrives");
+            let (n, sender) = retry(|| self.target.recv_from(&mut buffer)).expect("a valid datagram arrives");
             from = (&buffer[..n] == DATA).then_some(sender);
         }
         self.target.send_to(DATA, from.expect("set")).expect("sent");
-        while let n = self.socket.recv(&mut buffer).expect("the answer arrives")
+        while let n = retry(|| self.socket.recv(&mut buffer)).expect("the answer arrives")
             && !buffer[..n].ends_with(DATA)
         {}
     }
@@ -106,7 +116,7 @@ impl ClientSide {
             association.send(DATA).await.expect("sent");
             association
         });
-        let (_, client) = relay.recv_from(&mut [0; 64]).expect("received");
+        let (_, client) = retry(|| relay.recv_from(&mut [0; 64])).expect("received");
         Self { association: opened.expect("the event loop runs"), relay, client }
     }
 
