@@ -45,6 +45,8 @@ pub struct ClientOptions {
     pub resolves_target: bool,
     /// Whether datagrams are sent to the address of each proxy, instead of that in its reply.
     pub proxy_is_udp_relay: bool,
+    /// Whether the socket of the tunnel is passed to another process, with all bytes that follow the reply.
+    pub passes_socket: bool,
 }
 
 impl ClientOptions {
@@ -324,7 +326,8 @@ impl Client {
     /// Reads a reply. Returns its BND: unspecified if it is neither an address nor a host name.
     async fn read_reply(&self, conn: &mut Conn) -> Result<Addr, ClientErrorKind> {
         let record_rep = |rep| self.progress.update(|progress| Progress { rep: Some(rep), ..progress });
-        let reply: Reply = conn.read_message().await.map_err(|error| match &error {
+        let reads_ahead = !self.options.passes_socket;
+        let reply: Reply = conn.read_message_with(reads_ahead, || {}).await.map_err(|error| match &error {
             // A failure reply that is truncated or has an invalid BND still has its REP.
             ReadError::Closed(bytes, _) | ReadError::Protocol(_, bytes) => match bytes.as_slice() {
                 [proto::VERSION, rep, ..] if *rep != Rep::SUCCEEDED.0 => {

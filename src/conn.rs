@@ -91,12 +91,14 @@ impl fmt::Display for ReadError {
 impl Conn {
     /// Reads one message. The next read returns the bytes after it. The caller sets the deadline.
     pub fn read_message<M: Message>(&mut self) -> impl Future<Output = Result<M, ReadError>> {
-        self.read_message_with(|| {})
+        self.read_message_with(true, || {})
     }
 
-    /// Like [`Self::read_message`]. Calls `on_receipt` after each read that has returned bytes.
+    /// Like [`Self::read_message`]. Calls `on_receipt` after each read that has returned bytes. Without `reads_ahead`,
+    /// the bytes after the message stay in the socket.
     pub fn read_message_with<M: Message>(
         &mut self,
+        reads_ahead: bool,
         on_receipt: impl Fn(),
     ) -> impl Future<Output = Result<M, ReadError>> {
         // Bytes of a message that arrives in several pieces.
@@ -105,9 +107,9 @@ impl Conn {
             loop {
                 // On the stack: an idle handshake owns no buffer, and a length field alone allocates nothing.
                 let mut buffer = [0; READ_LEN];
-                // From a socket, more than the message is read: a read that does not fill its buffer also shows that
-                // the socket is empty, which saves the next read.
-                let max = if matches!(self, Self::Protected(_)) { missing.min(READ_LEN) } else { READ_LEN };
+                // A read that does not fill its buffer also shows that the socket is empty, which saves the next read.
+                let reads_ahead = reads_ahead && !matches!(self, Self::Protected(_));
+                let max = if reads_ahead { READ_LEN } else { missing.min(READ_LEN) };
                 let read = Pin::new(&mut *self).poll_read(cx, buffer.get_mut(..max).unwrap_or_default());
                 let received = match ready!(read) {
                     Ok(n) if n > 0 => buffer.get(..n).unwrap_or_default(),

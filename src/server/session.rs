@@ -227,7 +227,7 @@ impl Session {
     }
 
     async fn select_method(&mut self, on_receipt: impl Fn()) -> SessionResult<Method> {
-        let mut greeting = self.conn.read_message_with(on_receipt).await;
+        let mut greeting = self.conn.read_message_with(true, on_receipt).await;
         if let Err(ReadError::Protocol(_, bytes)) = &mut greeting {
             // Boxed: other clients take no memory for it.
             Box::pin(read_proxy_start(&mut self.conn, bytes)).await;

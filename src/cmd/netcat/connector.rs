@@ -78,6 +78,7 @@ impl Connector {
             local,
             resolves_target: args.resolves_target,
             proxy_is_udp_relay: args.udp_relay,
+            passes_socket: args.pass_fd,
         });
         let signal_watch = args.json.is_some().then(SignalWatch::new);
         let mut connector =

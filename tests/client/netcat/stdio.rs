@@ -3,6 +3,8 @@
 use std::sync::mpsc::Receiver;
 use std::thread::sleep;
 
+use s5::net::receive_descriptors;
+
 use crate::*;
 
 /// Starts a target that reads to the end, reports the data to the test, and sends `answer`.
@@ -198,6 +200,27 @@ fn non_blocking_stdout_receives_all_data() {
     let mut all = Vec::new();
     test_end.read_to_end(&mut all).expect("data received");
     assert_eq!((all.len(), client.wait().expect("the child can be waited for").code()), (4 << 20, Some(0)));
+}
+
+#[test]
+fn passed_socket_has_the_data_that_arrived_with_the_reply() {
+    let second_reply = "< 05 00 00 01 7f 00 00 01 00 50 05 00 00 03 04 \"peer\" 00 50";
+    let second_hop = format!("{NO_AUTH} {SUCCESS} > {{greeting}}; < 05 00; > {{request}};");
+    for (mode, hops, handshake) in [
+        ("connect", 1, format!("{NO_AUTH} < 05 00 00 03 04 \"name\" 00 50")),
+        ("connect", 2, format!("{second_hop} < 05 00 00 01 00*6")),
+        ("bind", 1, format!("{NO_AUTH} {second_reply}")),
+    ] {
+        let proxy = ScriptedServer::start(&format!("{handshake} \"banner\";"));
+        let proxies = vec![proxy.url(); hops].join(",");
+        let (mut client, test_end) = with_socket_as_stdout(&format!("{mode} -F -x {proxies} {TARGET}"));
+        let socket = receive_descriptors(&test_end).expect("a message arrives").pop().expect("a socket arrives");
+        let mut data = String::new();
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(TIMEOUT)).expect("option set");
+        stream.read_to_string(&mut data).expect("data until the end");
+        assert_eq!((data.as_str(), client.wait().expect("s5 runs").code()), ("banner", Some(0)), "{mode}, {hops}");
+    }
 }
 
 #[test]
