@@ -29,7 +29,7 @@ fn reset_after_each_handshake_byte_leaks_nothing() {
 
 #[test]
 fn timeout_after_each_handshake_byte_leaks_nothing() {
-    let args = ["--handshake-timeout", "300ms", "--bind-timeout", "300ms", "--idle-timeout", "300ms"];
+    let args = ["--handshake-timeout", "1s", "--bind-timeout", "1s", "--idle-timeout", "1s"];
     interrupt_at_every_byte(Interruption::Silence, &args);
 }
 
