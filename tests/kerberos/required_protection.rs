@@ -39,7 +39,7 @@ fn server_with_hop_auth_gssapi_refuses_unprotected_hop_and_logs_in_often() {
     assert_eq!(open(&through(&plain), CONNECT, target).1, 1, "unprotected");
     let server = through(&protected);
     thread::scope(|scope| {
-        for _ in 0..200 {
+        for _ in 0..100 {
             scope.spawn(|| {
                 let mut stream = connect_to(&server, target);
                 ping(&mut stream, b"x");

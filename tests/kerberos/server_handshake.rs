@@ -255,7 +255,7 @@ fn delegated_ticket_is_ignored() {
 #[test]
 fn handshake_timeout_applies_at_every_stage() {
     let Some((realm, library)) = set_up() else { return };
-    let server = serve(&realm, &["--handshake-timeout", "300ms"]);
+    let server = serve(&realm, &["--handshake-timeout", "2s"]);
     let token = first_message(&library);
     let (mut greeted, mut half) = (start_login(&server, b""), start_login(&server, &token[..token.len() / 2]));
     let mut established = Peer::new(&library, &server, ALL);
@@ -272,7 +272,7 @@ fn handshake_timeout_applies_at_every_stage() {
 
 #[test]
 fn half_a_token_takes_as_much_memory_as_has_arrived() {
-    const CLIENTS: usize = 200;
+    const CLIENTS: usize = 100;
     let Some(realm) = realm() else { return };
     let server = serve(&realm, &[]);
     let private = || proc_kib(&server, "smaps_rollup", "Private_Dirty");
