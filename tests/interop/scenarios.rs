@@ -85,13 +85,13 @@ fn health_check_exits_at_its_time_limit_and_reports_attempts() {
     let proxy = closed_port().to_string();
     let check = |options: &str| {
         let mut command = s5();
-        command.arg("connect").args(options.split(' ')).args(["--retry", "300ms", "-x", &proxy]);
+        command.arg("connect").args(options.split(' ')).args(["--retry", "1s", "-x", &proxy]);
         timed(|| run(&mut command, b"", TIMEOUT))
     };
     let (elapsed, output) = check("-zv");
     let stderr = text(&output.stderr);
     assert_eq!((exit_code(&output), stderr.lines().count()), (7, 1), "{stderr}");
-    assert!((Duration::from_millis(250)..Duration::from_secs(3)).contains(&elapsed), "{elapsed:?}");
+    assert!((Duration::from_millis(950)..Duration::from_secs(4)).contains(&elapsed), "{elapsed:?}");
     let attempts =
         stderr.trim_end().strip_suffix(" attempts)").and_then(|stderr| stderr.rsplit_once(" (given up after "));
     let attempts: Option<u32> = attempts.and_then(|(_, attempts)| attempts.parse().ok());
