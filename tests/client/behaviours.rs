@@ -74,7 +74,7 @@ const OTHER_STATUSES: [(i32, &str, &str); 15] = [
     (7, "$S5 connect --direct $DOWN", "direct: connecting to the target, for"),
     (26, "$S5 connect -x $PROXY $ECHO < /", "read from stdin: is a directory"),
     (26, "echo xyz | $S5 udp --hex -x $PROXY $ECHO", "not hexadecimal"),
-    (28, "echo x | $S5 udp -n 1 -w 100ms -x $PROXY $DOWN", "received 0 of 1 answers in time"),
+    (28, "echo x | $S5 udp -n 1 -q 100ms -x $PROXY $DOWN", "received 0 of 1 answers in time"),
     (
         45,
         "$S5 connect -s 192.0.2.9 -x $PROXY $ECHO",

@@ -36,7 +36,7 @@ fn bind_reports_address_and_peer_and_relays_both_directions() {
 
 #[test]
 fn error_says_that_the_proxy_stopped_waiting_and_how_to_wait_longer() {
-    let server = Server::start(&["--bind-timeout", "200ms"]);
+    let server = Server::start(&["--bind-timeout", "500ms"]);
     let proxy = server.addr().to_string();
     // The peer's time limit of a server applies also to the proxy that it uses.
     let via = Server::start(&["--via", &proxy]);

@@ -8,7 +8,7 @@ use crate::support::transcript::items;
 use crate::*;
 
 /// Timeout of the client in rows that expect a timeout.
-pub const SHORT_TIMEOUT: &str = "500ms";
+pub const SHORT_TIMEOUT: &str = "1500ms";
 
 /// Time from the start of the client to its input in rows with late input. Shorter than the timeouts of the clients.
 const LATE: Duration = Duration::from_millis(600);

@@ -80,7 +80,7 @@ fn json_reports_ended_first_and_tries() {
     assert_eq!((status.code(), stdout), (Some(0), b"bye".to_vec()));
     let ended = eval_json(&stderr, "o['ended_first'], o['proxy'], o['method'], o['down']");
     assert_eq!(ended, "('remote', None, None, 3)");
-    let (_, _, stderr) = outcome(&format!("connect --json --retry 300ms -x {} {TARGET}", closed_port()), b"");
+    let (_, _, stderr) = outcome(&format!("connect --json --retry 1s -x {} {TARGET}", closed_port()), b"");
     assert_eq!(eval_json(&stderr, "o['tries'] > 1, o['status']"), "(True, 7)");
     let (_server, proxy) = serve();
     let (_, _, stderr) = outcome(&format!("udp --json -n 1 -x {proxy} {}", udp_echo_server(V4)), b"four\n");
