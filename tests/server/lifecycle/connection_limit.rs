@@ -43,7 +43,8 @@ fn idle_listener_holds_no_connection_permit() {
 fn serve_with_descriptors(limits: &str) -> Server {
     let mut command = Command::new("prlimit");
     command.arg(format!("--nofile={limits}")).arg(s5().get_program());
-    command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000"]);
+    // Each thread has two descriptors.
+    command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000", "--threads", "2"]);
     Server::start_with(&mut command, 1)
 }
 

@@ -62,7 +62,7 @@ fn drain_timeout_resets_the_remaining_tunnels() {
 
 #[test]
 fn sigquit_drains_for_two_seconds_at_most() {
-    for (option, time) in [("60", "2s"), ("300ms", "300ms")] {
+    for (option, time) in [("60", "2s"), ("1s", "1s")] {
         let mut server = Server::start(&["--drain-timeout", option]);
         let mut tunnel = connect_to(&server, echo_server());
         server.signal("QUIT");

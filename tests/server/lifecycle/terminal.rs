@@ -21,7 +21,9 @@ impl TerminalServer {
         script.args(["-qec", &format!("exec 2>log; {line}"), "/dev/null"]).env("SHELL", "/bin/sh");
         script.current_dir(dir.path()).stdin(Stdio::null()).stdout(Stdio::null());
         let terminal = Some(ProcessGroup::start(&mut script));
-        wait_until("the server listens", TIMEOUT, || read(dir.path(), "log").contains("listening on "));
+        wait_until("the server listens", TIMEOUT, || {
+            read(dir.path(), "log").contains("listening on ") && read(dir.path(), "pid").ends_with('\n')
+        });
         let pid = read(dir.path(), "pid").trim().parse().ok().and_then(Pid::from_raw).expect("a process id");
         Self { terminal, dir, pid }
     }
