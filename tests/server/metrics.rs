@@ -4,6 +4,7 @@ mod prometheus;
 
 use crate::lifecycle::notify::stop_worker;
 use crate::udp::association::{Association, datagram, datagram_name, receive, socket};
+use crate::udp::bursts::while_stopped;
 use crate::*;
 
 /// A server with metrics on loopback, and the address of these.
@@ -223,11 +224,11 @@ fn dropped_datagrams_count_by_reason() {
     let (server, metrics) = start(&["--deny", "port=9", &hop, "--rule", "allow to=127.0.0.9 via=gone"]);
     let association = Association::new(&server);
     // Received together with the first datagram of the client, which sets its port.
-    server.signal("STOP");
-    association.send(dst, b"hello");
-    let other_port = datagram(0, dst, b"sender");
-    socket(V4).send_to(&other_port, association.bnd).expect("datagram sent");
-    server.signal("CONT");
+    while_stopped(&server, || {
+        association.send(dst, b"hello");
+        let other_port = datagram(0, dst, b"sender");
+        socket(V4).send_to(&other_port, association.bnd).expect("datagram sent");
+    });
     assert_eq!(association.receive(), (dst, b"hello".to_vec()));
     association.send(addr("127.0.0.1:9"), b"denied");
     association.send_raw(b"malformed");

@@ -2,7 +2,7 @@
 //! association.
 
 pub mod association;
-mod bursts;
+pub mod bursts;
 mod client_port;
 mod filter;
 mod fragments;
