@@ -233,7 +233,7 @@ fn idle_timeout_resets_both_streams<T: Tunnel>() {
 }
 
 /// Calls `step` for twice `limit`. Returns false if the machine was so slow that the tunnel may have been idle.
-fn keep_busy(limit: Duration, mut step: impl FnMut()) -> bool {
+pub fn keep_busy(limit: Duration, mut step: impl FnMut()) -> bool {
     let (started, mut last, mut gap) = (Instant::now(), Instant::now(), Duration::ZERO);
     while started.elapsed() < limit * 2 {
         step();
