@@ -10,7 +10,7 @@ use crate::udp::association::{Association, datagram};
 use crate::*;
 
 /// Time limit for closing a session on both sides.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// More bytes than a direction copies before it is spliced.
 const BULK: usize = 8 << 20;
 

@@ -157,7 +157,9 @@ fn thousand_pending_lookups_do_not_delay_other_requests() {
     const MAX_REQUEST_TIME: Duration = Duration::from_millis(50);
     // The timeout of the system resolver is longer than that of the server.
     enter_namespace!("", &format!("{}options timeout:4 attempts:1\n", dns::RESOLV));
-    assert!(raise_fd_limit(4 * LOOKUPS as u64), "descriptors for {LOOKUPS} sessions");
+    if !raise_fd_limit(4 * LOOKUPS as u64) {
+        return skip("too few descriptors");
+    }
     dns::start();
     let server = Server::start(&["--connect-timeout", "3"]);
     let dst: SocketAddr = echo_server();

@@ -53,8 +53,7 @@ fn connect_is_cancelled_when_the_client_disconnects() {
         stream.write_all(&request(CONNECT, target.addr)).expect("request sent");
         wait_until("both sockets are open", TIMEOUT, || server.descriptors() == before + 2);
         disconnect(stream);
-        let limit = Duration::from_secs(3);
-        wait_until("both sockets are closed", limit, || server.descriptors() == before);
+        wait_until("both sockets are closed", TIMEOUT, || server.descriptors() == before);
     }
 }
 
