@@ -17,6 +17,8 @@ const MAX_ROUND_TRIP: Duration = Duration::from_millis(20);
 const MAX_NEW_CLIENT: Duration = Duration::from_millis(50);
 /// The limit of round trips for a server that has a core of its own, on which it computes all the time.
 const MAX_ON_OWN_CORE: Duration = Duration::from_millis(5);
+/// The limit of round trips beside many idle clients: a thread that wakes up may wait for a core for a moment.
+const MAX_BESIDE_IDLE: Duration = Duration::from_millis(1);
 /// Time of an attack before the measurement.
 const RAMP: Duration = Duration::from_millis(500);
 /// Memory in KiB that may remain: the allocator keeps some freed memory for each thread.
@@ -196,7 +198,7 @@ static CORES: LazyLock<Vec<usize>> = LazyLock::new(|| {
 });
 
 /// Makes this thread, and the threads and processes that it starts, run on the first core or on the others.
-fn choose_core(is_first: bool) {
+pub fn choose_core(is_first: bool) {
     let mut set = CpuSet::new();
     CORES.iter().enumerate().filter(|(i, _)| (*i == 0) == is_first).for_each(|(_, core)| set.set(*core));
     sched_setaffinity(None, &set).expect("cores set");
@@ -237,7 +239,9 @@ fn run(lab: &Lab, echo: SocketAddr, attack: (&str, usize, Step), limits: [Durati
     ensure(attacked[0] <= limits[0].max(quiet[0] * MAX_FACTOR), || {
         format!("{name}: round trip {:?}, quiet {:?}", attacked[0], quiet[0])
     })?;
-    ensure(attacked[1] <= limits[1], || format!("{name}: new client {:?}", attacked[1]))
+    ensure(attacked[1] <= limits[1].max(quiet[1] * MAX_FACTOR), || {
+        format!("{name}: new client {:?}, quiet {:?}", attacked[1], quiet[1])
+    })
 }
 
 /// Returns the machine for this test alone, and what servers and clients need: a users file and an echo server. `None`:
@@ -316,7 +320,8 @@ fn new_clients_are_served_beside_4000_idle_tunnels_and_4000_unfinished_handshake
     wait_until("12,000 descriptors in use", TIMEOUT, || lab.server.descriptors() >= 12_000);
     try_three_times(|| {
         let [[quiet, _], [round_trip, new_client]] = [quiet.measure(), other.measure()];
-        ensure(round_trip <= quiet * MAX_FACTOR, || format!("round trip {round_trip:?}, quiet {quiet:?}"))?;
+        let limit = MAX_BESIDE_IDLE.max(quiet * MAX_FACTOR);
+        ensure(round_trip <= limit, || format!("round trip {round_trip:?}, quiet {quiet:?}"))?;
         ensure(new_client <= MAX_NEW_CLIENT, || format!("new client {new_client:?}"))
     });
 }
