@@ -97,12 +97,11 @@ fn connections_refused_at_accept_log_one_line_a_second_with_the_number_of_the_ot
 #[test]
 fn connections_that_ask_for_nothing_are_logged_only_if_verbose() {
     for args in [&["-v"][..], &[]] {
-        let server = Server::start(&[args, &["--handshake-timeout", "300ms"]].concat());
+        let server = Server::start(&[args, &["--handshake-timeout", "1s"]].concat());
         // A health check, a port scan, a client that stays silent, and checks of the port and of the proxy.
         drop(server.connect());
         reset(server.connect());
         let mut silent = server.connect();
-        stream_end(&mut silent);
         for check in [vec!["--direct", &*server.addr().to_string()], vec!["-x", &*server.addr().to_string()]] {
             let output = run(s5().args(["connect", "-z"]).args(&check), b"", TIMEOUT);
             assert!(output.status.success(), "{check:?}: {output:?}");
@@ -110,6 +109,7 @@ fn connections_that_ask_for_nothing_are_logged_only_if_verbose() {
         // An incomplete greeting is more than nothing.
         let mut slow = server.connect();
         slow.write_all(&[5]).expect("data sent");
+        stream_end(&mut silent);
         stream_end(&mut slow);
         let log = server.wait_log(|log| log.contains(" level=info msg=session "));
         assert_eq!(log.matches(" level=info msg=session ").count(), 1, "{log}");

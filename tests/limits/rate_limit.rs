@@ -89,7 +89,7 @@ fn rates(started: Instant, time: Duration, counters: &[[Counter; 2]]) -> Vec<[f6
 fn check_rate(what: &str, limit: f64, measured: f64) -> Result<(), String> {
     let share = measured / limit;
     eprintln!("{what}: {:.1} % of {limit}", share * 100.0);
-    ensure((0.95..=1.05).contains(&share), || format!("{what}: {measured:.0} of {limit} bytes per second"))
+    ensure((0.9..=1.05).contains(&share), || format!("{what}: {measured:.0} of {limit} bytes per second"))
 }
 
 /// A kind of session: `--rate`, bytes per second, name and directions.
@@ -123,7 +123,7 @@ fn rate_limit_of_a_session_applies_to_the_sum_of_both_directions_and_starves_non
     });
     try_three_times(|| check_sessions(&[slow, medium].concat(), Duration::from_millis(1250)));
     // One at a time, because together they would load the whole machine.
-    fast.chunks(1).for_each(|kind| try_three_times(|| check_sessions(kind, Duration::from_millis(400))));
+    fast.chunks(1).for_each(|kind| try_three_times(|| check_sessions(kind, Duration::from_millis(800))));
 }
 
 #[test]
@@ -286,10 +286,11 @@ fn idle_rate_limited_tunnels_use_no_cpu() {
     for tunnel in &mut tunnels[..10] {
         ping(tunnel, b"twenty-five bytes or more");
     }
+    thread::sleep(Duration::from_millis(200));
     let before = (voluntary_switches(&server), server.cpu_seconds());
     thread::sleep(Duration::from_millis(1500));
     let (wake_ups, cpu) = (voluntary_switches(&server) - before.0, server.cpu_seconds() - before.1);
-    assert!(wake_ups <= 10 && cpu <= 0.011, "{wake_ups} wake-ups and {cpu} s of CPU");
+    assert!(wake_ups <= 10 && cpu <= 0.021, "{wake_ups} wake-ups and {cpu} s of CPU");
     tunnels[0].set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     tunnels[0].write_all(b"still open now").expect("data sent");
     assert_eq!(read_exact(&mut tunnels[0], 14), b"still open now");
