@@ -40,6 +40,8 @@ fn ids(dir: &Path) -> Vec<usize> {
 
 #[test]
 fn access_log_has_all_sessions_and_stderr_all_other_lines() {
+    // No other process takes the port of the server.
+    enter_namespace!("", "");
     let (_dir, file) = log_file();
     let sessions = || fs::read_to_string(&file).expect("file read").matches(" level=info msg=session ").count();
     fs::write(&file, "ts=2026-11-27T00:00:00.000Z level=info msg=session id=1000 from=127.0.0.1:1 error=\"x\"\n")

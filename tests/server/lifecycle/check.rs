@@ -60,7 +60,9 @@ fn check_fails_like_a_start() {
     let dir = temp_dir();
     let file = |name, text| write_file(dir.path(), name, text);
     let (rules, users, keytab) = (file("rules", "allow\nalow\n"), file("users", "alice\n"), file("keytab", ""));
-    let port = closed_port().port();
+    // Only this test uses the address, so that no other process takes the port.
+    let addr = listener(unused_client_ip()).1;
+    let port = addr.port();
     let in_use = ": address already in use (choose another address with --metrics)";
     let unix = |path: &str| format!("unix:{}/{path}", dir.path().display());
     let mut table = vec![
@@ -75,7 +77,7 @@ fn check_fails_like_a_start() {
             format!("--listen {} --proxy-protocol-from unix", unix("s5")),
             "refusing to serve the clients of --proxy-protocol-from without",
         ),
-        (2, format!("--listen {port} --via 127.0.0.1:{port}"), "is this server itself"),
+        (2, format!("--listen {addr} --via {addr}"), "is this server itself"),
         (2, "--via alice@127.0.0.1:1".into(), "no password"),
         (2, "--bind-ports 1-10".into(), "--bind-ports: the server may not use ports below"),
         (2, "--no-such-option".into(), "--no-such-option"),
@@ -90,8 +92,8 @@ fn check_fails_like_a_start() {
         (23, "--access-log /".into(), "--access-log /: is a directory"),
         (1, "--listen nonexistent.invalid:1080".into(), "listen on nonexistent.invalid:1080: "),
         (1, "--listen 0 --metrics nonexistent.invalid:1".into(), "listen on nonexistent.invalid:1: "),
-        (1, format!("--listen {port} --metrics {port}"), in_use),
-        (1, format!("--listen {port} --metrics *:{port} --allow-remote-metrics"), in_use),
+        (1, format!("--listen {addr} --metrics {addr}"), in_use),
+        (1, format!("--listen {addr} --metrics *:{port} --allow-remote-metrics"), in_use),
         (
             1,
             format!("--listen [::1]:{port} --listen *:{port} --allow-open-relay"),

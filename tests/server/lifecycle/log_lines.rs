@@ -132,6 +132,8 @@ fn sigusr1_logs_the_counters_and_ends_neither_server_nor_sessions() {
 
 #[test]
 fn sigusr1_logs_the_counters_of_a_quiet_server() {
+    // No other process takes the port of the server.
+    enter_namespace!("", "");
     let mut command = s5();
     let (addr, dir) = (closed_port(), temp_dir());
     let file = dir.path().join("access.log").display().to_string();

@@ -18,6 +18,7 @@ struct StalledServer {
 }
 
 impl StalledServer {
+    /// In a namespace, where no other process takes its port.
     fn start(stderr: impl Into<OwnedFd>, flags: OFlags, args: &[&str]) -> Self {
         let mut stderr = File::from(stderr.into());
         fcntl_setfl(&stderr, OFlags::NONBLOCK).expect("flags set");
@@ -72,18 +73,21 @@ fn assert_sessions_and_signals_work(stderr: impl Into<OwnedFd>) {
 
 #[test]
 fn full_pipe_as_stderr_stops_neither_sessions_nor_signals() {
+    enter_namespace!("", "");
     let (_reader, stderr) = pipe().expect("pipe created");
     assert_sessions_and_signals_work(stderr);
 }
 
 #[test]
 fn full_socket_as_stderr_stops_neither_sessions_nor_signals() {
+    enter_namespace!("", "");
     let (_reader, stderr) = UnixStream::pair().expect("socket pair created");
     assert_sessions_and_signals_work(stderr);
 }
 
 #[test]
 fn closed_reader_of_stderr_stops_neither_sessions_nor_signals() {
+    enter_namespace!("", "");
     let (reader, stderr) = UnixStream::pair().expect("socket pair created");
     drop(reader);
     assert_sessions_and_signals_work(stderr);
@@ -102,6 +106,7 @@ fn read_log(reader: &mut impl Read, done: impl Fn(&str) -> bool) -> String {
 
 #[test]
 fn lines_that_a_stalled_reader_costs_are_counted_when_it_reads_again() {
+    enter_namespace!("", "");
     let (mut reader, stderr) = UnixStream::pair().expect("socket pair created");
     reader.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     // Another process has made it non-blocking.
