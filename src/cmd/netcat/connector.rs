@@ -1,6 +1,5 @@
 //! Establishes tunnels and associations for the client modes, with retries, and prints the results.
 
-use std::cell::Cell;
 use std::future::pending;
 use std::io;
 use std::net::IpAddr;
@@ -10,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use async_signal::{Signal, Signals};
 use futures_lite::{FutureExt as _, StreamExt as _};
-use smol::channel::{self, Receiver, Sender};
+use smol::lock::OnceCell;
 
 use super::options::ClientArgs;
 use super::report::{JsonOutput, SessionReport};
@@ -18,7 +17,7 @@ use super::{credentials, proxies};
 use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Endpoint, Phase, Proxy};
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use crate::gssapi::Initiator;
-use crate::net::{LocalAddr, reactor, sleep, timeout_at};
+use crate::net::{LocalAddr, reactor, sleep, sleep_until};
 use crate::proto::{Addr, Command, Method};
 
 /// Default for `-w`: the time limit of a handshake. A proxy that connects through other proxies may be slow.
@@ -37,8 +36,8 @@ pub(crate) struct Connector {
     json: JsonOutput,
     /// The end of `--max-time`.
     deadline: Option<(Instant, Duration)>,
-    /// Set if sessions report before a signal ends s5.
-    signal_watch: Option<SignalWatch>,
+    /// Set when all sessions must end, so that they report their results.
+    cut: OnceCell<Cut>,
     pub(super) hops: Vec<Proxy>,
     dst: Addr,
     options: Arc<ClientOptions>,
@@ -80,9 +79,8 @@ impl Connector {
             proxy_is_udp_relay: args.udp_relay,
             passes_socket: args.pass_fd,
         });
-        let signal_watch = args.json.is_some().then(SignalWatch::new);
         let mut connector =
-            Self { args, json, deadline, signal_watch, hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
+            Self { args, json, deadline, cut: OnceCell::new(), hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
         // --quiet and -z apply to all errors except usage errors.
         credentials::add_credentials(&mut connector.hops, &connector.args).or_else(|error| match error.status {
             ExitStatus::USAGE => Err(error),
@@ -99,15 +97,17 @@ impl Connector {
             self.until_cut(mode).await.unwrap_or_else(|cut| Err(self.cut_error(cut)))
         };
         let watch = async {
-            match &self.signal_watch {
-                Some(signal_watch) => signal_watch.watch().await,
-                None => pending().await,
-            }
+            let _ = self.cut.try_set(self.next_cut().await);
+            pending().await
         };
         let result = reactor::run(limited.or(watch)).unwrap_or_else(start_error);
         let report = |error| self.json.report_error(&SessionReport::default(), error);
         let result = self.filter_error(result.map_err(report));
-        self.signal_watch.iter().for_each(SignalWatch::raise);
+        if let Some(Cut::Signal(signal)) = self.cut.get() {
+            log::logger().flush();
+            // As the signal does without a handler.
+            let _ = signal_hook::low_level::emulate_default_handler(*signal as i32);
+        }
         result
     }
 
@@ -144,14 +144,26 @@ impl Connector {
 
     /// Runs `future` until the end of `--max-time`, or until a signal ends s5.
     pub(crate) async fn until_cut<T>(&self, future: impl Future<Output = T>) -> Result<T, Cut> {
-        let limited = async {
-            match self.deadline {
-                Some((deadline, limit)) => timeout_at(deadline, future).await.ok_or(Cut::TimedOut(limit)),
-                None => Ok(future.await),
-            }
+        async { Ok(future.await) }.or(async { Err(*self.cut.wait().await) }).await
+    }
+
+    /// Waits for the end of `--max-time`, or with `--json` for SIGTERM or SIGINT.
+    async fn next_cut(&self) -> Cut {
+        let timed_out = async {
+            let Some((deadline, limit)) = self.deadline else { return pending().await };
+            sleep_until(deadline).await;
+            Cut::TimedOut(limit)
         };
-        let Some(signal_watch) = &self.signal_watch else { return limited.await };
-        limited.or(async { Err(Cut::Signal(signal_watch.wait().await)) }).await
+        if self.args.json.is_some()
+            && let Ok(mut signals) = Signals::new([Signal::Term, Signal::Int])
+        {
+            let signalled = async {
+                let Some(Ok(signal)) = signals.next().await else { return pending().await };
+                Cut::Signal(signal)
+            };
+            return signalled.or(timed_out).await;
+        }
+        timed_out.await
     }
 
     fn session_cut_error(&self, client: &Client, report: &SessionReport<'_>, cut: Cut) -> CliError {
@@ -343,42 +355,4 @@ fn auth_from_args(args: &ClientArgs, hops: &[Proxy]) -> CliResult<(Option<Vec<Me
         ..default
     };
     Ok((methods, offers_gssapi.then_some(gssapi)))
-}
-
-/// With `--json`, SIGTERM and SIGINT end s5 after all sessions have written their objects.
-struct SignalWatch {
-    received: Cell<Option<Signal>>,
-    /// Closed by the signal.
-    waiting: (Sender<()>, Receiver<()>),
-}
-
-impl SignalWatch {
-    fn new() -> Self {
-        Self { received: Cell::default(), waiting: channel::bounded(1) }
-    }
-
-    /// Waits for a signal, and wakes all sessions.
-    async fn watch<T>(&self) -> T {
-        if let Ok(mut signals) = Signals::new([Signal::Term, Signal::Int])
-            && let Some(Ok(signal)) = signals.next().await
-        {
-            self.received.set(Some(signal));
-            self.waiting.0.close();
-        }
-        pending().await
-    }
-
-    /// Waits until a session must end.
-    async fn wait(&self) -> Signal {
-        let _ = self.waiting.1.recv().await;
-        self.received.get().unwrap_or(Signal::Term)
-    }
-
-    /// Ends the process if a signal has arrived, as that signal does without a handler.
-    fn raise(&self) {
-        if let Some(signal) = self.received.get() {
-            log::logger().flush();
-            let _ = signal_hook::low_level::emulate_default_handler(signal as i32);
-        }
-    }
 }
