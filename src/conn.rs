@@ -199,7 +199,7 @@ impl Conn {
     async fn wait_for_events(&self, events: PollFlags) {
         let mut byte = [0; 1];
         let mut peek = |socket: &Socket| Ok(rustix::net::recv(socket, &mut byte, RecvFlags::PEEK)?.1);
-        poll_fn(|cx| self.io().poll_hangup(cx)).await;
+        self.io().ready(Interest::Hangup).await;
         let mut is_open =
             async || self.io().with(Interest::Read, &mut peek).await.is_ok_and(|n| n > 0 || self.has_unread());
         while is_open().await && !self.has_event(events) {

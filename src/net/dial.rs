@@ -263,7 +263,7 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Dialed, DialError
     let io = Io::new(socket.into()).map_err(|error| DialError::from_connect(&error, addr))?;
     io.ready(Interest::Write).await;
     // A failed connect is reported as a hang-up, with the error in SO_ERROR.
-    if poll_fn(|cx| Poll::Ready(io.poll_hangup(cx))).await.is_ready() {
+    if poll_fn(|cx| Poll::Ready(io.poll_ready(cx, Interest::Hangup))).await.is_ready() {
         sockopt::socket_error(&io).and_then(|error| error).map_err(connect_error)?;
     }
     log_failure(set_stream_options(&io));

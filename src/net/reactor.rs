@@ -6,7 +6,7 @@
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::future::{Future, poll_fn};
-use std::io::{self, Read as _};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -105,6 +105,8 @@ pub enum Interest {
     Read,
     /// Buffer space, or the end of a connect.
     Write,
+    /// FIN, reset, error or urgent data, possibly with unread data before it.
+    Hangup,
 }
 
 /// Events and wakers of one pass of the loop; reused, so that a pass does not allocate.
@@ -116,11 +118,11 @@ struct Batch {
 #[derive(Debug, Default)]
 pub(super) struct Reactor {
     /// Opened at the first use.
-    epoll: OnceCell<OwnedFd>,
+    pub(super) epoll: OnceCell<OwnedFd>,
     sockets: RefCell<Slab<SocketState>>,
     timers: RefCell<BTreeMap<Due, Waker>>,
     /// Bytes that are read before those of the socket. Not in `SocketState`, because few sockets have any.
-    put_back: RefCell<BTreeMap<SocketKey, VecDeque<u8>>>,
+    pub(super) put_back: RefCell<BTreeMap<SocketKey, VecDeque<u8>>>,
     /// Time of the first call of `due_at`.
     started: OnceCell<Instant>,
     /// Tasks that yielded; woken after those that have events.
@@ -161,6 +163,7 @@ impl SocketState {
         match interest {
             Interest::Read => &mut self.to_read,
             Interest::Write => &mut self.to_write,
+            Interest::Hangup => &mut self.hangup,
         }
     }
 }
@@ -196,32 +199,6 @@ impl Reactor {
             Ok(key)
         };
         add().inspect_err(|_| drop(self.sockets.borrow_mut().try_remove(key)))
-    }
-
-    /// Removes a socket from epoll. Required if another descriptor keeps the socket open.
-    pub(super) fn deregister(&self, socket: impl AsFd) {
-        if let Some(epoll) = self.epoll.get() {
-            // Fails only if it is not registered.
-            let _ = epoll::delete(epoll, socket);
-        }
-    }
-
-    pub(super) fn put_back(&self, key: SocketKey, bytes: &[u8]) {
-        self.put_back.borrow_mut().entry(key).or_default().extend(bytes);
-    }
-
-    pub(super) fn has_put_back(&self, key: SocketKey) -> bool {
-        self.put_back.borrow().contains_key(&key)
-    }
-
-    pub(super) fn read_put_back(&self, key: SocketKey, buf: &mut [u8]) -> Option<usize> {
-        let mut put_back = self.put_back.borrow_mut();
-        let bytes = put_back.get_mut(&key)?;
-        let n = bytes.read(buf).ok()?;
-        if bytes.is_empty() {
-            put_back.remove(&key);
-        }
-        Some(n)
     }
 
     pub(super) fn forget(&self, key: SocketKey) {
@@ -338,22 +315,9 @@ impl Reactor {
     }
 
     pub(super) fn poll_ready(&self, key: SocketKey, cx: &Context<'_>, interest: Interest) -> Poll<()> {
-        self.poll_state(key, cx, |state| state.readiness(interest))
-    }
-
-    pub(super) fn poll_hangup(&self, key: SocketKey, cx: &Context<'_>) -> Poll<()> {
-        self.poll_state(key, cx, |state| &mut state.hangup)
-    }
-
-    fn poll_state(
-        &self,
-        key: SocketKey,
-        cx: &Context<'_>,
-        readiness: impl FnOnce(&mut SocketState) -> &mut Readiness,
-    ) -> Poll<()> {
         let mut sockets = self.sockets.borrow_mut();
         let Some(state) = sockets.get_mut(key as usize) else { return Poll::Ready(()) };
-        let readiness = readiness(state);
+        let readiness = state.readiness(interest);
         if *readiness == Readiness::Maybe {
             return Poll::Ready(());
         }
@@ -367,23 +331,15 @@ impl Reactor {
         Poll::Pending
     }
 
-    /// Records that an operation returned `WouldBlock`.
-    pub(super) fn mark_would_block(&self, key: SocketKey, interest: Interest) {
-        self.with_state(key, |state| *state.readiness(interest) = Readiness::No);
-    }
-
-    /// Records that the socket is not ready. No effect on edge-triggered reads after a hang-up.
-    pub(super) fn mark_not_ready(&self, key: SocketKey, interest: Interest) {
-        self.with_state(key, |state| {
-            if interest == Interest::Write || state.is_level_triggered || state.hangup != Readiness::Maybe {
-                *state.readiness(interest) = Readiness::No;
-            }
-        });
-    }
-
-    fn with_state(&self, key: SocketKey, change: impl FnOnce(&mut SocketState)) {
-        if let Some(state) = self.sockets.borrow_mut().get_mut(key as usize) {
-            change(state);
+    /// Records that the socket is not ready. After a hang-up, only `WouldBlock` shows that for edge-triggered reads.
+    pub(super) fn mark_not_ready(&self, key: SocketKey, interest: Interest, would_block: bool) {
+        if let Some(state) = self.sockets.borrow_mut().get_mut(key as usize)
+            && (would_block
+                || interest == Interest::Write
+                || state.is_level_triggered
+                || state.hangup != Readiness::Maybe)
+        {
+            *state.readiness(interest) = Readiness::No;
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Sockets that a task can wait for.
 
+use std::collections::btree_map::Entry;
 use std::future::poll_fn;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
@@ -8,7 +9,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use rustix::event::epoll::EventFlags;
+use rustix::event::epoll::{self, EventFlags};
 use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::Socket;
 
@@ -49,7 +50,10 @@ impl<T: AsFd> Io<T> {
 
     /// Removes the socket from epoll. Required before a drop of `self` if another descriptor keeps the socket open.
     pub fn deregister(&self) {
-        self.reactor.deregister(&self.socket);
+        if let Some(epoll) = self.reactor.epoll.get() {
+            // Fails only if it is not registered.
+            let _ = epoll::delete(epoll, &self.socket);
+        }
     }
 
     pub(crate) fn get_ref(&self) -> &T {
@@ -82,16 +86,16 @@ impl<T: AsFd> Io<T> {
         poll_fn(|cx| self.reactor.poll_ready(self.key, cx, interest)).await;
     }
 
-    /// Ready after a FIN, a reset, an error or urgent data, possibly with unread data before it.
-    pub fn poll_hangup(&self, cx: &Context<'_>) -> Poll<()> {
-        self.reactor.poll_hangup(self.key, cx)
+    /// Ready when the socket may be ready.
+    pub fn poll_ready(&self, cx: &Context<'_>, interest: Interest) -> Poll<()> {
+        self.reactor.poll_ready(self.key, cx, interest)
     }
 
     /// Calls `op` once, without waiting. Returns `WouldBlock` when the socket is not ready.
     pub fn try_with<R>(&self, interest: Interest, op: impl FnOnce(&T) -> io::Result<R>) -> io::Result<R> {
         let result = op(&self.socket);
         if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
-            self.reactor.mark_would_block(self.key, interest);
+            self.reactor.mark_not_ready(self.key, interest, true);
         }
         result
     }
@@ -99,7 +103,7 @@ impl<T: AsFd> Io<T> {
     /// Records that the socket is not ready although no operation has returned `WouldBlock`. Allowed after a short read
     /// or write, and at any time for an [`Io::read_only`] socket: its unread data is reported again.
     pub fn mark_not_ready(&self, interest: Interest) {
-        self.reactor.mark_not_ready(self.key, interest);
+        self.reactor.mark_not_ready(self.key, interest, false);
     }
 }
 
@@ -119,12 +123,12 @@ impl<T: AsFd> AsFd for Io<T> {
 impl Io<Socket> {
     /// Makes [`Io::poll_read`] return `bytes` before those of the socket. For bytes that were read too early.
     pub fn put_back(&self, bytes: &[u8]) {
-        self.reactor.put_back(self.key, bytes);
+        self.reactor.put_back.borrow_mut().entry(self.key).or_default().extend(bytes);
     }
 
     /// Returns whether [`Io::put_back`] has left bytes to read.
     pub fn has_put_back(&self) -> bool {
-        self.reactor.has_put_back(self.key)
+        self.reactor.put_back.borrow().contains_key(&self.key)
     }
 
     /// Reads from a stream. `short_read_means_empty`: a read shorter than `buf` has emptied the socket.
@@ -134,7 +138,11 @@ impl Io<Socket> {
         buf: &mut [u8],
         short_read_means_empty: bool,
     ) -> Poll<io::Result<usize>> {
-        if let Some(n) = self.reactor.read_put_back(self.key, buf) {
+        if let Entry::Occupied(mut bytes) = self.reactor.put_back.borrow_mut().entry(self.key) {
+            let n = bytes.get_mut().read(buf)?;
+            if bytes.get().is_empty() {
+                bytes.remove();
+            }
             return Poll::Ready(Ok(n));
         }
         let n = ready!(self.poll_with(cx, Interest::Read, |mut socket| socket.read(buf)))?;

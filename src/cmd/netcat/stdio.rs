@@ -181,7 +181,7 @@ impl Stream for StdioStream {
         match interest {
             Interest::Read if self.crlf.is_none() => self.input.as_ref()?.poll_socket(cx, interest, op),
             Interest::Write if !self.ignores_broken_pipe => self.output.as_ref()?.poll_socket(cx, interest, op),
-            Interest::Read | Interest::Write => None,
+            _ => None,
         }
     }
 }
