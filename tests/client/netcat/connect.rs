@@ -103,6 +103,8 @@ fn timeout_applies_to_each_try() {
 
 #[test]
 fn source_options_apply_to_the_connection_to_the_proxy() {
+    // Without other programs, which could get the port.
+    enter_namespace!("", "");
     let (listener, addr) = listener(V4);
     let port = closed_port().port();
     for (args, ip, port) in [
