@@ -154,9 +154,9 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let spare = RefCell::default();
     with_spare_descriptors(&spare, descriptors, || ());
     let passed_on = [&listeners, &metrics].map(|listeners| listeners.iter().map(Arc::downgrade).collect());
-    let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
     let (is_replaced, replaced) = channel::bounded(1);
     health::start(&metrics, started.clone(), replaced).map_err(ServerError::io("start a thread for metrics"))?;
+    let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
     // From now on, only the accept loops and the sessions keep the server alive.
     let server = Arc::downgrade(&{ server });
     let server = started.get_or_init(|| server);

@@ -50,8 +50,8 @@ pub(super) fn descriptors(limit: u64, listeners: u64) -> u64 {
     if listeners == 0 { 0 } else { 2 * listeners + (limit / 32).min(MAX_CONNECTIONS as u64) + 2 }
 }
 
-/// Starts the thread if there are listeners. It serves until the process ends, or another one replaces it: then
-/// `replaced` is closed.
+/// Starts the thread if there are listeners. It serves from the time that `server` is set until the process ends, or
+/// another one replaces it: then `replaced` is closed.
 pub(super) fn start(
     listeners: &[Arc<Listener>],
     server: StartedServer,
@@ -64,7 +64,7 @@ pub(super) fn start(
     }
     listeners.iter().for_each(|listener| log::info!("metrics on {listener}"));
     Builder::new().name("s5-metrics".into()).spawn(move || {
-        let connections = Handshakes::new(MAX_CONNECTIONS);
+        let (server, connections) = (server.wait().clone(), Handshakes::new(MAX_CONNECTIONS));
         let (executor, measuring) = (LocalExecutor::new(), Cell::default());
         let service = Rc::new(Service { executor, connections, server, measuring });
         for listener in clones {
@@ -79,7 +79,7 @@ struct Service {
     executor: LocalExecutor<'static>,
     /// At the limit, a new connection ends the oldest one of the client that has most of them.
     connections: Handshakes,
-    server: StartedServer,
+    server: Weak<Server>,
     /// Start of the current measurement of the lag.
     measuring: Cell<Option<Instant>>,
 }
@@ -88,7 +88,7 @@ impl Service {
     async fn measure_lag(&self) {
         loop {
             Timer::after(LAG_INTERVAL).await;
-            let Some(server) = self.server.get().and_then(Weak::upgrade) else { continue };
+            let Some(server) = self.server.upgrade() else { continue };
             let since = Instant::now();
             self.measuring.set(Some(since));
             server.workers.wait_for_all().await;
@@ -146,7 +146,7 @@ impl Service {
     }
 
     fn response(&self, request: &[u8]) -> Response {
-        let server = self.server.get().and_then(Weak::upgrade);
+        let server = self.server.upgrade();
         let is_ready = server.as_ref().is_some_and(|server| server.workers.is_accepting());
         let is_stuck = self.measuring.get().is_some_and(|since| since.elapsed() > MAX_LAG);
         let (status, body) = match parse(request) {
@@ -157,7 +157,6 @@ impl Service {
             Some((_, "/healthz")) if is_stuck => (UNAVAILABLE, "a worker is stuck"),
             Some((_, "/healthz")) => (OK, "ok"),
             Some((_, "/readyz")) if is_ready => (OK, "ready"),
-            Some((_, "/readyz")) if self.server.get().is_none() => (UNAVAILABLE, "starting"),
             Some((_, "/readyz")) => (UNAVAILABLE, "draining"),
             Some(_) => ("404 Not Found", "use /metrics, /healthz or /readyz"),
         };

@@ -5,7 +5,7 @@
 //! server that an attacker controls can start it, with sockets as its listeners, and nothing else.
 
 use std::env;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -145,9 +145,8 @@ pub(super) fn take_over() -> io::Result<()> {
         let mut control = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
         control.set_read_timeout(Some(STOP_TIMEOUT * 2))?;
         writeln!(control, "ready {}", std::process::id())?;
-        // If the old process is stuck, both accept.
+        // From now on, the old process ends: an error here would end the service. If it is stuck, both accept.
         let _ = control.read_exact(&mut [0]);
-        rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
         KEEP_SOCKET_FILES.store(false, Ordering::Relaxed);
     }
     Ok(())

@@ -206,3 +206,18 @@ fn associations_on_a_shared_port_work_in_both_processes_after_a_restart() {
     let new = [(); 20].map(|()| Association::new(&server));
     new.iter().chain(&old).for_each(|association| association.ping(echo, b"after"));
 }
+
+#[test]
+fn restart_needs_no_device() {
+    enter_namespace!("", "");
+    let server = Server::start(&["--threads", "1"]);
+    // Nobody can open a file with this mode: the server has no capabilities.
+    let script = "touch $0 && chmod 0 $0 && mount --bind $0 /dev/null";
+    let file = temp_dir();
+    let status = Command::new("sh").args(["-c", script]).arg(file.path().join("null")).status();
+    assert!(status.expect("sh runs").success());
+    let successor = Successor::of(&server);
+    wait_end(&server);
+    use_once(server.connect(), echo_server()).expect("the new process serves");
+    assert!(successor.is_running());
+}
