@@ -47,7 +47,7 @@ async fn accept_all(server: &Arc<Server>, listener: &Io<Arc<Listener>>) {
             Ok((conn, client)) => {
                 // The client of a load balancer is not known yet.
                 let is_known = !server.options.is_balancer(client);
-                if !is_known || server.limiter.admit_client(&mut reserved, client) {
+                if !is_known || server.limiter.admit_client(&server.options, &mut reserved, client) {
                     let this = server.clone();
                     let start = move || session::start(this, client, reserved, conn);
                     match server.workers.less_loaded() {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use super::handshakes::Handshakes;
@@ -34,42 +34,16 @@ pub(super) struct Limiter {
     pub(super) bind_listeners: Shares,
     /// UDP associations, at most one per port of `--udp-ports`. All can share a single port.
     associations: Shares,
-    users: Arc<Users>,
-    /// Sessions of one client address (IPv6: of a /64), if the option is set.
-    max_per_client: Option<usize>,
-    /// Sessions of one user.
-    max_per_user: Option<usize>,
-    /// Bytes per second of one session, both directions together.
-    rate: Option<u64>,
-    /// Bytes per second of all sessions of one user, both directions together.
-    rate_per_user: Option<u64>,
+    users: Users,
 }
 
-/// The users with sessions: the number of these, and the token bucket that they share.
-type Users = Mutex<HashMap<Box<[u8]>, (usize, Option<Arc<TokenBucket>>)>>;
-
-/// Counts a session against its user until it is dropped.
-struct UserGuard {
-    users: Arc<Users>,
-    name: Box<[u8]>,
-}
-
-impl Drop for UserGuard {
-    fn drop(&mut self) {
-        let mut users = lock(&self.users);
-        if let Some((sessions, _)) = users.get_mut(&self.name) {
-            *sessions -= 1;
-            if *sessions == 0 {
-                users.remove(&self.name);
-            }
-        }
-    }
-}
+/// The users with sessions, each with the token bucket that these share. It has a reference for each session.
+type Users = Mutex<HashMap<Box<[u8]>, Weak<Option<Arc<TokenBucket>>>>>;
 
 /// The rate limits of one session, and its count against its user.
 #[derive(Default)]
 pub(super) struct SessionQuota {
-    user: Option<UserGuard>,
+    user: Option<Arc<Option<Arc<TokenBucket>>>>,
     pub(super) rate_limit: RateLimit,
 }
 
@@ -87,11 +61,7 @@ impl Limiter {
             handshakes: Handshakes::new(max_sessions / 2),
             bind_listeners: per_port(options.bind_ports.as_ref()),
             associations: per_port(options.udp_ports.as_ref().filter(|ports| ports.single().is_none())),
-            users: Arc::default(),
-            max_per_client: options.max_per_client,
-            max_per_user: options.max_per_user,
-            rate: options.rate,
-            rate_per_user: options.rate_per_user.or(options.rate),
+            users: Users::default(),
         }
     }
 
@@ -112,17 +82,22 @@ impl Limiter {
     }
 
     /// Counts a reserved session against its client. Returns false if the client has too many sessions.
-    pub(super) fn admit_client(&self, reserved: &mut ShareGuard, client: Option<SocketAddr>) -> bool {
+    pub(super) fn admit_client(
+        &self,
+        options: &Options,
+        reserved: &mut ShareGuard,
+        client: Option<SocketAddr>,
+    ) -> bool {
         // Clients on Unix sockets have no address for `--max-per-client`.
-        if client.is_none() && self.max_per_client.is_some() {
+        if client.is_none() && options.max_per_client.is_some() {
             return true;
         }
-        let limit = self.max_per_client.unwrap_or(usize::MAX);
+        let limit = options.max_per_client.unwrap_or(usize::MAX);
         let assigned = reserved.assign(ClientKey::new(client.map(|client| client.ip())), limit);
         if let Err(limit) = assigned {
             counters::count(Counter::Refused);
             let client = client.map_or("unix".into(), |client| client.ip().to_string());
-            let is_of_all = self.max_per_client.is_some_and(|own| own != limit);
+            let is_of_all = options.max_per_client.is_some_and(|own| own != limit);
             let option = if is_of_all { "--max-connections" } else { "--max-per-client" };
             warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise {option})"));
         }
@@ -142,31 +117,38 @@ impl Limiter {
         guards.ok_or_else(|| associations_reached("--max-connections"))
     }
 
-    /// Returns the limits of a session that apply before its login, if there are any.
-    pub(super) fn session_quota(&self) -> Option<Box<SessionQuota>> {
-        let rate = self.rate?;
-        let mut quota = Box::<SessionQuota>::default();
-        quota.rate_limit.add(Arc::new(TokenBucket::new(rate, Instant::now())));
-        Some(quota)
-    }
-
     /// Counts the session against the limits of its user. Returns false if the user has too many sessions.
-    pub(super) fn admit_user(&self, user: &[u8], quota: &mut Option<Box<SessionQuota>>) -> bool {
-        if self.max_per_user.is_none() && self.rate_per_user.is_none() {
+    pub(super) fn admit_user(&self, options: &Options, user: &[u8], quota: &mut Option<Box<SessionQuota>>) -> bool {
+        let rate = options.rate_per_user.or(options.rate);
+        if options.max_per_user.is_none() && rate.is_none() {
             return true;
         }
         let mut users = lock(&self.users);
-        let new = || (0, self.rate_per_user.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now()))));
-        let (sessions, bucket) = users.entry(user.into()).or_insert_with(new);
-        if *sessions >= self.max_per_user.unwrap_or(usize::MAX) {
+        if users.len() == users.capacity() && !users.contains_key(user) {
+            users.retain(|_, bucket| bucket.strong_count() > 0);
+        }
+        let bucket = users.entry(user.into()).or_default();
+        if bucket.strong_count() >= options.max_per_user.unwrap_or(usize::MAX) {
             return false;
         }
-        *sessions += 1;
+        let shared = bucket.upgrade().unwrap_or_else(|| Arc::new(rate.map(new_bucket)));
+        *bucket = Arc::downgrade(&shared);
         let quota = quota.get_or_insert_default();
-        bucket.iter().for_each(|bucket| quota.rate_limit.add(bucket.clone()));
-        quota.user = Some(UserGuard { users: self.users.clone(), name: user.into() });
+        shared.iter().for_each(|bucket| quota.rate_limit.add(bucket.clone()));
+        quota.user = Some(shared);
         true
     }
+}
+
+fn new_bucket(rate: u64) -> Arc<TokenBucket> {
+    Arc::new(TokenBucket::new(rate, Instant::now()))
+}
+
+/// Returns the limits of a session that apply before its login, if there are any.
+pub(super) fn session_quota(options: &Options) -> Option<Box<SessionQuota>> {
+    let mut quota = Box::<SessionQuota>::default();
+    quota.rate_limit.add(new_bucket(options.rate?));
+    Some(quota)
 }
 
 fn associations_reached(option: &str) -> io::Error {

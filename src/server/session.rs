@@ -201,7 +201,7 @@ impl Session {
         let key = self.log.client_key();
         handshake.assign(key);
         let SessionPermit { server, share, .. } = &mut self.permit;
-        if !server.limiter.admit_client(share, self.log.client()) {
+        if !server.limiter.admit_client(&server.options, share, self.log.client()) {
             return Err(SessionError::silent("limit of connections of this client reached").quiet());
         }
         self.check_client()

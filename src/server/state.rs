@@ -10,7 +10,7 @@ use std::time::Instant;
 use futures_lite::FutureExt as _;
 use pin_project_lite::pin_project;
 
-use super::limiter::{DialShares, Limiter, SessionQuota};
+use super::limiter::{DialShares, Limiter, SessionQuota, session_quota};
 use super::local_addr::route_source;
 use super::log_shares::Topic;
 use super::logins::Logins;
@@ -51,7 +51,7 @@ pub(super) struct SessionPermit {
 impl SessionPermit {
     /// Counts the session against the limits of its user. Returns false if the user has too many sessions.
     pub(super) fn admit_user(&mut self, user: &[u8]) -> bool {
-        self.server.limiter.admit_user(user, &mut self.quota)
+        self.server.limiter.admit_user(&self.server.options, user, &mut self.quota)
     }
 
     pub(super) fn rate_limit(&self) -> RateLimit {
@@ -75,7 +75,7 @@ pub(super) struct Session {
 
 impl Session {
     pub(super) fn new(server: Arc<Server>, log: SessionLog, share: ShareGuard, conn: Conn) -> Self {
-        let (policy, quota) = (server.policy.current(), server.limiter.session_quota());
+        let (policy, quota) = (server.policy.current(), session_quota(&server.options));
         let deadline = Instant::now() + server.options.handshake_timeout;
         Self { permit: SessionPermit { server, share, quota }, log, conn, deadline, login: None, policy }
     }
