@@ -65,10 +65,11 @@ impl Egress {
     }
 
     /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent, and an error if
-    /// the only possible route has failed.
+    /// the only possible route could not be opened. One that has closed is opened again by the next datagram.
     pub(super) fn poll_upstreams(&mut self, session: &mut Session, cx: &mut Context<'_>) -> Result<usize, String> {
         let mut sent = 0;
         for upstream in &mut self.upstreams {
+            let was_open = upstream.association().is_some();
             match upstream.poll(cx) {
                 Poll::Ready(Ok((bytes, proxy))) => {
                     let local = upstream.association().and_then(Association::local_addr);
@@ -77,7 +78,9 @@ impl Egress {
                     // It has not been polled for answers yet.
                     wake_later(cx);
                 }
-                Poll::Ready(Err(error)) if only_route(session) == Some(upstream.route) => return Err(error),
+                Poll::Ready(Err(error)) if !was_open && only_route(session) == Some(upstream.route) => {
+                    return Err(error);
+                }
                 Poll::Ready(Err(error)) => session.log.log_hop(&upstream.hop, upstream.dropped, &error),
                 Poll::Pending => {}
             }

@@ -37,7 +37,7 @@ pub(super) struct Upstream {
     pub(super) dropped: usize,
     /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
     pub(super) has_sent_to_names: bool,
-    /// For its descriptors, if it is not the only route.
+    /// For its descriptors. Empty if the association is counted with them, because it was the only route.
     shares: Option<Vec<ExtraGuard>>,
 }
 
@@ -164,7 +164,7 @@ pub(super) async fn open_only_route(session: &mut Session) -> SessionResult<Vec<
     let opening = Upstream::open(session, route);
     let (association, proxy) = session.cancellable(opening).await?;
     session.log_route(route, Some(&proxy), association.local_addr());
-    let mut upstream = Upstream::new(route, hop);
+    let mut upstream = Upstream { shares: Some(Vec::new()), ..Upstream::new(route, hop) };
     upstream.set_open(association);
     Ok(vec![upstream])
 }

@@ -4,6 +4,7 @@ use super::tools::{
     ALICE, BOB, Setup, alice_and_bob, assert_accepts_peer, associate, associate_anonymously, bind, open_as, open_ok,
     rep,
 };
+use super::udp_hops::ping_until_answered;
 use crate::*;
 
 /// A proxy that answers the greeting and the request with these bytes, and counts its connections.
@@ -161,23 +162,24 @@ fn failed_proxy_is_tried_again_by_one_session_after_ten_seconds() {
 
 #[test]
 fn association_fails_over_when_its_proxy_ends() {
-    let [first, second] = [(); 2].map(|()| Server::start(&[]));
-    let hop = format!("h={}|{}", first.addr(), second.addr());
-    let server = Server::start(&["--hop", &hop, "--allow", "to=127.0.0.2 via=h", "-v"]);
-    let echo = udp_echo_server(ip("127.0.0.2"));
-    let association = associate_anonymously(&server);
-    association.ping(echo, b"first");
-    let addr = first.addr();
-    drop(first);
-    server.wait_log(|log| log.contains("closed its association"));
-    association.socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
-    wait_until("an answer arrives", TIMEOUT, || {
-        association.send(echo, b"second");
-        retry(|| association.socket.recv_from(&mut [0; 64])).is_ok()
-    });
-    drop(association);
-    let via = format!(" via=\"h={addr},h={}\" ", second.addr());
-    server.wait_log(|log| session_lines(log).iter().any(|line| line.contains(&via)));
+    // Descriptors that are counted twice exceed the limit.
+    for (name, rule, limit) in [("h", "to=127.0.0.2 via=h", "4"), ("h", "via=h", "3"), ("--via", "", "3")] {
+        let [first, second] = [(); 2].map(|()| Server::start(&[]));
+        let chains = format!("{}|{}", first.addr(), second.addr());
+        let hop = format!("h={chains}");
+        let route = if rule.is_empty() { vec!["--via", &chains] } else { vec!["--hop", &hop, "--allow", rule] };
+        let server = Server::start(&[&route[..], &["-v", "--max-connections", limit]].concat());
+        let echo = udp_echo_server(ip("127.0.0.2"));
+        let association = associate_anonymously(&server);
+        association.ping(echo, b"first");
+        let addr = first.addr();
+        drop(first);
+        server.wait_log(|log| log.contains("closed its association"));
+        ping_until_answered(&association, echo);
+        drop(association);
+        let via = format!(" via=\"{name}={addr},{name}={}\" ", second.addr());
+        server.wait_log(|log| session_lines(log).iter().any(|line| line.contains(&via)));
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ fn with_hop(hop: SocketAddr, more: &[&str]) -> Server {
 }
 
 /// Sends to `dst` until an answer from there arrives. The hop may drop datagrams while it is not open.
-fn ping_until_answered(association: &Association, dst: SocketAddr) {
+pub(super) fn ping_until_answered(association: &Association, dst: SocketAddr) {
     association.socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
     wait_until("an answer arrives", TIMEOUT, || {
         association.send(dst, b"through the hop");
