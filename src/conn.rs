@@ -209,7 +209,10 @@ impl Conn {
 
     /// Returns whether bytes from the socket are buffered here, and not yet read by the caller.
     fn has_unread(&self) -> bool {
-        self.io().has_put_back() || matches!(self, Self::Protected(protected) if protected.has_unread())
+        match self {
+            Self::Tcp(io) | Self::Unix(io) => io.has_put_back(),
+            Self::Protected(protected) => protected.has_unread() || protected.inner.has_unread(),
+        }
     }
 
     fn has_event(&self, events: PollFlags) -> bool {
@@ -303,7 +306,7 @@ impl Stream for Conn {
     }
 
     fn has_unflushed(&self) -> bool {
-        matches!(self, Self::Protected(protected) if protected.has_unflushed())
+        matches!(self, Self::Protected(protected) if protected.has_unflushed() || protected.inner.has_unflushed())
     }
 
     fn is_reset(&self) -> bool {

@@ -328,6 +328,11 @@ impl RelayState<'_> {
         }
     }
 
+    /// Returns whether bytes of the client wait until dst accepts more.
+    fn is_stalled(&self, dst: &dyn Stream) -> bool {
+        self.up.has_pending() || dst.has_unflushed()
+    }
+
     /// If dst, which has ended its stream, is gone: returns whether it may lack bytes of the client.
     fn dst_loss(&self, dst: &dyn Stream) -> Option<bool> {
         let up = self.counts.up.load(Ordering::Relaxed);
@@ -339,7 +344,7 @@ impl RelayState<'_> {
             None if dst.is_closed() && !is_recent => false,
             _ => return None,
         };
-        Some(self.undelivered.is_some() || self.up.has_pending() || may_be_late && is_recent)
+        Some(self.undelivered.is_some() || self.is_stalled(dst) || may_be_late && is_recent)
     }
 
     /// Ready when a timeout has passed, or when a side that is not being read has reset its stream.
@@ -347,7 +352,6 @@ impl RelayState<'_> {
         let mut has_fired = false;
         loop {
             let now = Instant::now();
-            let is_stalled = self.up.has_pending() || dst.has_unflushed();
             // Without reads, a reset is not noticed, so these sides are checked at intervals.
             let (checks_client, checks_dst) = (self.up.has_pending() || self.up.has_source_ended, self.down.is_done);
             if has_fired && checks_client && client.is_reset() {
@@ -364,7 +368,7 @@ impl RelayState<'_> {
                 let error = self.undelivered.take().unwrap_or(io::ErrorKind::ConnectionReset.into());
                 return Poll::Ready(Err(self.undelivered_error(error)));
             }
-            let is_lingering = self.down.is_done && !is_stalled && !self.up.has_source_ended;
+            let is_lingering = self.down.is_done && !self.is_stalled(dst) && !self.up.has_source_ended;
             let limit = match self.options {
                 _ if self.undelivered.is_some() && !self.down.has_pending() && !client.has_unflushed() => {
                     Some(WRITE_ERROR_TIMEOUT)

@@ -28,6 +28,31 @@ fn each_hop_of_a_chain_has_its_own_context() {
 }
 
 #[test]
+fn end_of_a_message_passes_a_chain_through_full_sockets() {
+    enter_namespace!("127.0.0.1 localhost\n", "");
+    let Some(realm) = realm() else { return };
+    // The sockets accept a part of each frame.
+    for (name, sizes) in [("tcp_wmem", "4096 4096 4096"), ("tcp_rmem", "4096 4096 4096")] {
+        fs::write(format!("/proc/sys/net/ipv4/{name}"), sizes).expect("a namespace of this test");
+    }
+    let [first, second] = ["integrity", "confidentiality"].map(|level| serve_at(&realm, level));
+    let (hops, echo) = (format!("{},{}", url(&first), url(&second)), echo_server().to_string());
+    let server = start(&realm, &["--via", &hops]);
+    for mut command in
+        [client(&realm, "connect", &hops, &[&echo]), any_client(&realm, "connect", &url(&server), &[&echo])]
+    {
+        let mut client = RunningProgram::start(&mut command);
+        for length in (8_000..40_000).step_by(4_001) {
+            // stdin stays open: no further data and no end follows the message.
+            let (before, message) = (client.stdout_so_far().len(), bytes(length));
+            client.write(&message);
+            let all = client.stdout(|all| all.len() >= before + length);
+            assert!(all[before..] == message, "{command:?}: {length} bytes");
+        }
+    }
+}
+
+#[test]
 fn bind_works_through_a_chain() {
     let Some(realm) = realm() else { return };
     let [first, second] = ["integrity", "confidentiality"].map(|level| serve_at(&realm, level));

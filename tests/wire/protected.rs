@@ -66,10 +66,15 @@ fn conn(socket: UnixStream) -> Conn {
     Conn::Unix(Io::new(socket.into()).expect("registered with the event loop"))
 }
 
+fn plain_pair() -> (Conn, Conn) {
+    let (one, other) = UnixStream::pair().expect("socket pair created");
+    (conn(one), conn(other))
+}
+
 /// Returns a protected connection and its other end, which is unprotected.
 fn protected_and_plain(level: ProtectionLevel) -> (Conn, Conn) {
-    let (protected, plain) = UnixStream::pair().expect("socket pair created");
-    (conn(protected).protect(protection(level)), conn(plain))
+    let (protected, plain) = plain_pair();
+    (protected.protect(protection(level)), plain)
 }
 
 fn protected_pair(level: ProtectionLevel) -> (Conn, Conn) {
@@ -253,6 +258,28 @@ fn protected_stream_can_carry_another_protected_stream() {
     let (sender, receiver) = protected_pair(ProtectionLevel::Integrity);
     let [sender, receiver] = [sender, receiver].map(|conn| conn.protect(protection(ProtectionLevel::Confidentiality)));
     assert_eq!(transfer(sender, receiver, &[b"twice"]), (b"twice".to_vec(), None));
+}
+
+#[test]
+fn relay_flushes_all_layers_of_a_stream_into_a_full_socket() {
+    let ((near, far), (mut client, mut client_side)) = (UnixStream::pair().expect("socket pair created"), plain_pair());
+    // A frame of 10 000 bytes is longer than this buffer, and fits into one frame of the inner layer.
+    SockRef::from(&near).set_send_buffer_size(1).expect("option set");
+    let layers = |socket| {
+        let inner = conn(socket).protect(protection(ProtectionLevel::Integrity));
+        inner.protect(protection(ProtectionLevel::Confidentiality))
+    };
+    let (mut target_side, mut target, byte_counts) = (layers(near), layers(far), ByteCounts::default());
+    let options = RelayOptions::default();
+    let exchange = async {
+        client.write_all(&[7; 10_000]).await.expect("data sent");
+        // Neither further data nor the end of the stream flushes these bytes.
+        target.read_exact(&mut [0; 10_000]).await.expect("data received");
+    };
+    run(or(exchange, async {
+        let end = relay(&mut client_side, &mut target_side, &options, &byte_counts, |_, _| true).await;
+        panic!("the relay has ended: {end:?}")
+    }));
 }
 
 #[test]
