@@ -350,17 +350,19 @@ impl Client {
         }
     }
 
-    /// Replaces an unspecified address in BND by the address of the proxy that sent it.
+    /// Replaces an unspecified address in BND by the address of the proxy that sent it. The result is canonical.
     pub fn resolve_unspecified_bnd(&self, bnd: Addr, conn: &Conn) -> Addr {
         let Progress { hop, .. } = self.progress();
-        let host = match (&bnd.host, self.hops.get(hop).map(|hop| &hop.endpoint)) {
-            (Host::Ip(ip), Some(Endpoint::Tcp(addr))) if ip.is_unspecified() && hop > 0 => addr.host.clone(),
-            (Host::Ip(ip), _) if ip.is_unspecified() => {
-                Host::Ip(conn.peer_addr().map_or(Ipv4Addr::LOCALHOST.into(), |peer| peer.ip()))
-            }
-            _ => bnd.host,
+        let is_unspecified = matches!(bnd.host, Host::Ip(ip) if ip.to_canonical().is_unspecified());
+        let host = match self.hops.get(hop).map(|hop| &hop.endpoint) {
+            _ if !is_unspecified => bnd.host,
+            Some(Endpoint::Tcp(addr)) if hop > 0 => addr.host.clone(),
+            _ => Host::Ip(conn.peer_addr().map_or(Ipv4Addr::LOCALHOST.into(), |peer| peer.ip())),
         };
-        Addr { host, port: bnd.port }
+        match host {
+            Host::Ip(ip) => canonical(ip, bnd.port).into(),
+            Host::Name(_) => Addr { host, port: bnd.port },
+        }
     }
 
     fn enter_phase(&self, phase: Phase) {

@@ -245,6 +245,7 @@ impl Association {
             let datagram = Datagram::decode(&bytes).map_err(|_| DatagramError)?;
             let payload = hop.reassembler.borrow_mut().push(Instant::now(), datagram);
             let Some((sender, data)) = payload else { return Ok(None) };
+            let sender = sender.to_canonical();
             let next = self.hops.get(i + 1).map(|next| &next.relay);
             // The datagrams of a hop must be from the next relay. A relay that is known by name cannot be checked.
             if next.is_some_and(|next| matches!(next.host, Host::Ip(_)) && *next != sender) {

@@ -129,6 +129,15 @@ impl Addr {
         Ok(Self { port, host: host.parse()? })
     }
 
+    /// Returns IPv4 instead of IPv4-mapped IPv6, so that addresses can be compared.
+    #[must_use]
+    pub fn to_canonical(self) -> Self {
+        match self.host {
+            Host::Ip(ip) => Self { host: Host::Ip(ip.to_canonical()), ..self },
+            Host::Name(_) => self,
+        }
+    }
+
     /// Length of ATYP, an empty host name (in replies only) and the port.
     pub(super) const MIN_LEN: usize = 1 + 1 + 2;
     /// Length of ATYP, the longest host name with its length byte, and the port.

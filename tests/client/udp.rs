@@ -113,6 +113,26 @@ fn udp_through_a_chain_of_three_servers_round_trips() {
 }
 
 #[test]
+fn udp_relay_address_of_a_later_hop_may_be_ipv4_mapped() {
+    let first = Server::start(&[]);
+    for bnd in ["04 00*10 ff ff 7f 00 00 01", "04 00*10 ff ff 00*4"] {
+        for is_server in [false, true] {
+            let proxy = ScriptedServer::start(&reply(&format!("05 00 00 {bnd} {{relay:port}}; > ...")));
+            let chain = format!("{},[::ffff:127.0.0.1]:{}", first.addr(), proxy.addr.port());
+            let server = is_server.then(|| Server::start(&["--via", &chain]));
+            let mut client = start(&format!(
+                "udp -x {} 192.0.2.7:7",
+                server.as_ref().map_or(chain, |server| server.addr().to_string())
+            ));
+            client.write(b"hello\n");
+            let (bytes, from) = receive(&proxy.relay);
+            proxy.relay.send_to(&bytes, from).expect("datagram sent");
+            client.stdout(|bytes| bytes == b"hello\n");
+        }
+    }
+}
+
+#[test]
 fn udp_relay_address_that_is_a_name_is_resolved() {
     enter_namespace!("127.0.0.1 relay.example\n", "");
     let proxy = ScriptedServer::start(&reply("05 00 00 03 0d \"relay.example\" {relay:port}; > ..."));
