@@ -31,6 +31,7 @@ pub struct Association {
     /// The addresses of `dst` if this machine resolves them for the last hop.
     target: Option<ResolvedAddr>,
     invalid: Cell<u64>,
+    foreign: Cell<u64>,
 }
 
 /// Counts of received datagrams that were lost on this machine.
@@ -40,6 +41,8 @@ pub(crate) struct LossCounts {
     pub incomplete: u64,
     /// Malformed datagrams, and datagrams that are not from the relay.
     pub invalid: u64,
+    /// Not from the target, and not accepted.
+    pub foreign: u64,
     /// Dropped by the kernel because the socket's receive buffer was full.
     pub overflowed: u64,
 }
@@ -92,7 +95,8 @@ impl Client {
                 ClientErrorKind::Unreachable(error) if !hops.is_empty() => ClientErrorKind::Relay(peer.clone(), error),
                 kind => kind,
             })?;
-            Ok(Association { hops, socket, dst: self.dst.clone(), target, invalid: Cell::default() })
+            let (invalid, foreign) = Default::default();
+            Ok(Association { hops, socket, dst: self.dst.clone(), target, invalid, foreign })
         })
         .await
     }
@@ -120,7 +124,7 @@ impl Association {
         let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().lost_count(Instant::now())).sum();
         let sockets = (0..).map_while(|i| self.socket.get(i));
         let overflowed = sockets.filter_map(|(_, socket)| kernel_drops(&socket)).sum();
-        LossCounts { incomplete, invalid: self.invalid.get(), overflowed }
+        LossCounts { incomplete, invalid: self.invalid.get(), foreign: self.foreign.get(), overflowed }
     }
 
     /// Sends a datagram to the target of the client, in fragments if it is too long. Poll for answers after it.
@@ -135,12 +139,16 @@ impl Association {
         Ok(())
     }
 
-    /// Returns true if datagrams from this address may be from the target. Only the proxy may know its addresses.
-    pub fn is_from_target(&self, from: &Addr) -> bool {
-        match &self.target {
-            Some(target) => target.contains(from),
-            None => matches!(self.dst.host, Host::Name(_)) || *from == self.dst,
-        }
+    /// Returns true if a datagram from this address may be from the target, and counts it as lost otherwise. Only the
+    /// proxy may know the addresses of a name, and its own.
+    pub fn accept_sender(&self, from: &Addr) -> bool {
+        let is_accepted = match (&self.target, &self.dst.host) {
+            (Some(target), _) => target.contains(from),
+            (None, Host::Ip(ip)) if !ip.to_canonical().is_unspecified() => *from == self.dst.clone().to_canonical(),
+            _ => true,
+        };
+        self.foreign.set(self.foreign.get() + u64::from(!is_accepted));
+        is_accepted
     }
 
     /// Like [`Association::send`], but to `dst`, and does not wait for the socket.
@@ -237,7 +245,7 @@ impl Association {
     /// Removes the headers of all hops. `None` for a fragment of a datagram that is not yet complete.
     fn decapsulate(&self, bytes: &[u8]) -> Result<Option<(Addr, Vec<u8>)>, DatagramError> {
         let mut bytes = bytes.to_vec();
-        let mut from = self.socket.peer.addr.clone();
+        let mut from = self.socket.peer.addr.clone().to_canonical();
         for (i, hop) in self.hops.iter().enumerate() {
             if let Some(protection) = &hop.protection {
                 bytes = protection.unwrap_datagram(&mut bytes).ok_or(DatagramError)?;

@@ -139,7 +139,7 @@ async fn send(transfer: &Transfer<'_>, datagrams: &Receiver<Vec<u8>>, peer: Sock
 async fn receive(transfer: &Transfer<'_>, socket: &Io<UdpSocket>, peer: SocketAddr) -> CliResult {
     loop {
         let (from, data) = transfer.recv().await?;
-        if !transfer.association.is_from_target(&from) {
+        if !transfer.association.accept_sender(&from) {
             log::debug!("dropped an answer from {from}: it is not from the target");
             continue;
         }

@@ -101,6 +101,7 @@ impl Transfer<'_> {
         for (n, reason) in [
             (losses.incomplete, "incomplete: fragments are missing"),
             (losses.invalid, "dropped: malformed, or not from the relay"),
+            (losses.foreign, "dropped: not from the target"),
             (losses.overflowed, "dropped: they arrived faster than they were read"),
         ] {
             if n > 0 {

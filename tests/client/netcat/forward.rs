@@ -297,9 +297,9 @@ fn udp_forward_reports_lost_association_and_opens_a_new_one() {
 }
 
 #[test]
-fn udp_forward_drops_answers_from_other_addresses() {
+fn udp_forward_drops_and_counts_answers_from_other_addresses() {
     let proxy = associating_proxy();
-    let (_client, at) = start_forward(&format!("udp -l 0 -x {} 192.0.2.7:7", proxy.addr));
+    let (client, at) = start_forward(&format!("udp -l 0 -i 500ms -x {} 192.0.2.7:7", proxy.addr));
     let socket = socket();
     socket.send_to(b"x", at).expect("datagram sent");
     let (_, from) = receive(&proxy.relay);
@@ -309,6 +309,30 @@ fn udp_forward_drops_answers_from_other_addresses() {
         proxy.relay.send_to(&bytes, from).expect("datagram sent");
     }
     assert_eq!(receive(&socket).0, b"good");
+    let message = "transfer, for 192.0.2.7:7: answers dropped: not from the target (1)\n";
+    client.stderr(|stderr| stderr.ends_with(message));
+}
+
+#[test]
+fn udp_forward_accepts_other_forms_of_the_target_as_sender() {
+    let mapped = [&[0, 0, 0, 4][..], &[0; 10], &[0xff, 0xff, 192, 0, 2, 7, 0, 7], b"x"].concat();
+    let answers = [datagram(b"x"), mapped];
+    for target in ["192.0.2.7:7", "[::ffff:192.0.2.7]:7", "0.0.0.0:7", "[::]:7", "[::ffff:0.0.0.0]:7"] {
+        for answer in &answers {
+            let proxy = associating_proxy();
+            let (_client, at) = start_forward(&format!("udp -l 0 -x {} {target}", proxy.addr));
+            let socket = socket();
+            socket.send_to(b"x", at).expect("datagram sent");
+            proxy.relay.send_to(answer, receive(&proxy.relay).1).expect("datagram sent");
+            receive(&socket);
+        }
+    }
+    for target in ["[::ffff:127.0.0.1]", "0.0.0.0"] {
+        let (port, (_server, proxy)) = (udp_echo_server(V4).port(), serve());
+        for route in [format!("-x {proxy}"), "--direct".into()] {
+            exchange(&socket(), start_forward(&format!("udp -l 0 {route} {target}:{port}")).1, b"x");
+        }
+    }
 }
 
 #[test]
