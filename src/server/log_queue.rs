@@ -51,6 +51,8 @@ pub struct AccessLog {
     pub open: fn(&Path) -> io::Result<File>,
     /// Returns the error of `open`, but creates no file.
     pub check: fn(&Path) -> io::Result<()>,
+    /// Returns the path that `open` opens: without symbolic links.
+    pub resolve: fn(&Path) -> io::Result<PathBuf>,
 }
 
 /// The lines for a thread.

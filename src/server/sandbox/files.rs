@@ -108,9 +108,11 @@ fn allowed(options: &Options) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
             (Ok(file), Ok(metadata)) if !metadata.is_file() => all.push((file, write)),
             // A pipe without a path, such as /dev/stdout. Landlock does not restrict it.
             (Err(_), Ok(_)) => {}
-            // A new file has no rule of its own.
-            (file, _) => {
-                all.extend(dir_of(file.as_ref().unwrap_or(&log.path)).map(|dir| (dir, write | AccessFs::MakeReg)))
+            // A new file has no rule of its own. After a rotation, it may be at the place of a link.
+            (_, _) => {
+                let file = (log.resolve)(&log.path).ok();
+                let dirs = file.iter().chain([&log.path]).filter_map(|file| dir_of(file));
+                all.extend(dirs.map(|dir| (dir, write | AccessFs::MakeReg)));
             }
         }
     }

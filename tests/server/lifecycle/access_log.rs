@@ -160,6 +160,25 @@ fn process_that_drains_after_a_restart_writes_to_the_file_that_the_new_one_has_o
     assert!(server.wait(TIMEOUT).success());
 }
 
+#[test]
+fn access_log_follows_a_link_to_a_missing_file_and_replaces_a_link_that_was_renamed() {
+    let dir = temp_dir();
+    let (links, data) = (dir.path().join("links"), dir.path().join("data"));
+    fs::create_dir(&links).and_then(|()| fs::create_dir(&data)).expect("folders created");
+    let (link, file) = (links.join("access.log"), data.join("access.log"));
+    symlink("../data/access.log", &link).expect("link created");
+    let server = Server::start(&["--access-log", &link.display().to_string()]);
+    let rotate = |path: &Path| {
+        fs::rename(path, path.with_extension("1")).expect("renamed");
+        server.reload();
+        run_session(&server);
+        wait_until("the new file has the line", TIMEOUT, || fs::read(path).is_ok_and(|text| text.ends_with(b"\n")));
+    };
+    rotate(&file);
+    rotate(&link);
+    assert!(!link.is_symlink());
+}
+
 /// Returns the number of lost lines.
 fn lost(log: &str) -> usize {
     let numbers =
