@@ -227,7 +227,10 @@ async fn reload(server: &Weak<Server>, loaded: Result<Configuration, String>) {
     });
     metrics::set_last_reload(loaded.is_ok());
     match loaded {
-        Err(error) => log::error!("reload: {error}; keeping the current configuration"),
+        Err(error) => {
+            let remedy = sandbox::reload_remedy(&server.options.reload_files);
+            log::error!("reload: {error}{remedy}; keeping the current configuration");
+        }
         Ok((policy, hops)) => {
             for (hop, chains) in server.options.hops.iter().zip(hops) {
                 hop.set_chains(chains);

@@ -172,7 +172,9 @@ impl AccessLog {
                 Err(error) => {
                     // Logged once, and not for each line.
                     FOLLOWS_PATH.store(false, Ordering::Relaxed);
-                    log::error!("--access-log {}: {error}; keeping the open file", self.path.display());
+                    let is_denied = error.kind() == io::ErrorKind::PermissionDenied;
+                    let remedy = if is_denied { " (see SANDBOX in the manual)" } else { "" };
+                    log::error!("--access-log {}: {error}{remedy}; keeping the open file", self.path.display());
                 }
             }
         }

@@ -12,6 +12,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_keep_capabilities};
 use rustix::thread::{clear_ambient_capability_set, remove_capability_from_bounding_set};
@@ -144,14 +145,23 @@ pub(super) fn enter(options: &Options, kept: CapabilitySet, has_passwords: bool)
 /// Logs which of these files this process may not open any more. A reload checks the system's files as well: Landlock
 /// allows root the files at the start, and not those that have replaced them since.
 pub(super) fn warn_unreadable(files: &[PathBuf]) {
-    let is_regular = |file: &&PathBuf| fs::metadata(file).is_ok_and(|metadata| metadata.is_file());
-    for file in files.iter().filter(is_regular) {
-        if let Err(error) = File::open(file).map(drop)
-            && error.kind() == io::ErrorKind::PermissionDenied
-        {
-            log::warn!("sandbox: {} cannot be read again: {error} (see SANDBOX in the manual)", file.display());
-        }
+    for file in denied(files).map(|file| file.display()) {
+        log::warn!("sandbox: {file} cannot be read again: permission denied (see SANDBOX in the manual)");
     }
+}
+
+/// Returns the regular files among these that this process may not open.
+fn denied(files: &[PathBuf]) -> impl Iterator<Item = &Path> {
+    let is_regular = |file: &&Path| fs::metadata(file).is_ok_and(|metadata| metadata.is_file());
+    let is_denied = |file: &&Path| File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
+    files.iter().map(PathBuf::as_path).filter(is_regular).filter(is_denied)
+}
+
+/// Returns the remedy after a reload that has failed, if Landlock is the reason: access(2) ignores it.
+pub(super) fn reload_remedy(files: &[PathBuf]) -> String {
+    let file = denied(files).find(|file| access(*file, Access::READ_OK).is_ok());
+    let remedy = "is not in the directory that it was in at the start: restart the server, see SANDBOX in the manual";
+    file.map(|file| format!(" ({} {remedy})", file.display())).unwrap_or_default()
 }
 
 /// Logs which files of name resolution cannot be read any more.

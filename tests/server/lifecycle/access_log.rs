@@ -269,7 +269,9 @@ fn user_of_run_as_owns_the_file_and_an_error_keeps_the_open_one() {
     assert_eq!(fs::metadata(&file).expect("a file").uid(), 65534);
     set_owner(0);
     rotate("2");
-    server.wait_log(|log| log.contains(&format!("--access-log {file}: permission denied; keeping the open file")));
+    let expected =
+        format!("--access-log {file}: permission denied (see SANDBOX in the manual); keeping the open file\n");
+    server.wait_log(|log| log.contains(&expected));
     run_session(&server);
     wait_until("the line is in the old file", TIMEOUT, || ids(dir.path()) == [1]);
     assert!(!fs::exists(&file).expect("checked"));

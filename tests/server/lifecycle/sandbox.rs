@@ -134,6 +134,30 @@ fn server_of_another_user_reloads_files_that_were_replaced_and_warns_about_unrea
 }
 
 #[test]
+fn reload_of_a_link_to_another_directory_fails_with_the_remedy_and_a_restart_succeeds() {
+    let dir = temp_dir();
+    let path = |name: &str| dir.path().join(name);
+    for name in ["v1", "v2", "etc"] {
+        fs::create_dir(path(name)).expect("folder created");
+    }
+    write_file(&path("v1"), "rules", "");
+    write_file(&path("v2"), "rules", "deny port=1\n");
+    let link = path("etc").join("rules");
+    symlink("../v1/rules", &link).expect("link created");
+    let server = Server::start(&["--rules", &link.display().to_string()]);
+    if !sandbox_line(&server).contains("Landlock ABI") {
+        return record_skip("the kernel lacks Landlock");
+    }
+    fs::remove_file(&link).and_then(|()| symlink("../v2/rules", &link)).expect("link replaced");
+    let line = server.reload();
+    let remedy = "is not in the directory that it was in at the start: restart the server, see SANDBOX in the manual";
+    let expected = format!("--rules {0}: permission denied ({0} {remedy}); keeping the current", link.display());
+    assert!(line.contains(&expected), "{line}");
+    let _successor = Successor::of(&server);
+    assert_eq!(open(&server, CONNECT, SocketAddr::new(V4, 1)).1, 2, "the new rules are in force");
+}
+
+#[test]
 fn run_as_refuses_unknown_users_and_no_sandbox_says_so() {
     let table = [
         ("no-such-user", "no such user (create it: useradd --system no-such-user)"),
