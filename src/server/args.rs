@@ -79,7 +79,8 @@ pub struct ServeArgs {
 
     /// ports for UDP ASSOCIATE [default: any free port]. PORTS is LO-HI, with one port for each association and REP 1
     /// if none is free, or a single port for all associations. They are told apart by the addresses of their clients.
-    /// The first datagram from a new port of a client address belongs to its oldest association without a port.
+    /// The first datagram from a new port of a client address belongs to its oldest association without a port, or, with
+    /// GSSAPI, to the one that can unwrap it.
     #[argh(option, arg_name = "PORTS")]
     pub udp_ports: Option<PortRange>,
 

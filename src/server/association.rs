@@ -217,7 +217,10 @@ impl AssociationRelay<'_> {
         let batch = &mut GsoBatch::new(buffer);
         for (from, bytes) in received {
             let Some(bytes) = self.client.accept(from, bytes) else {
-                self.on_drop(DropSender, None, format_args!("{from} is not the client, or the protection is invalid"));
+                let reason = format_args!("{from} is not the client, or the protection is invalid");
+                if !self.client.pass_on(from, bytes) {
+                    self.on_drop(DropSender, None, reason);
+                }
                 continue;
             };
             let decoded = Datagram::decode(&bytes).inspect_err(|error| self.on_drop(DropMalformed, None, error));

@@ -3,7 +3,8 @@
 //! Each association has a socket that is bound to the port and connected to its client, so the kernel delivers the
 //! client's datagrams to it. Datagrams from a port of a client that no association has yet are received by one more
 //! socket for each client address. They are handed over to an association of this address that waits for a port, the
-//! oldest one first, or else to one whose port is silent.
+//! oldest one first, or else to one whose port is silent. With GSSAPI, they are handed over to all of these in turn,
+//! until one can unwrap them.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -131,7 +132,9 @@ impl SharedPorts {
             RECEIVED.with_borrow_mut(|received| {
                 let mut budget = MAX_DATAGRAMS_PER_TURN;
                 while socket.poll_receive(cx, received, &mut budget) {
-                    received.datagrams().for_each(|(from, bytes)| self.hand_over(key, from, bytes));
+                    for (from, bytes) in received.datagrams() {
+                        let _ = self.hand_over(key, from, bytes, None);
+                    }
                 }
             });
             is_used.as_mut().poll_next(cx).map(drop)
@@ -139,33 +142,38 @@ impl SharedPorts {
         .await;
     }
 
-    /// Hands a datagram over to the association that it belongs to. The port of the datagram becomes the association's.
-    fn hand_over(&self, key: GroupKey, from: SocketAddr, bytes: &[u8]) {
+    /// Hands a datagram over to the association that it belongs to, if it has one. The port of the datagram becomes that
+    /// of an unprotected association. Protected ones are tried in turn, oldest first, because only unwrapping shows
+    /// whether the datagram belongs to one: `tried` has just failed. Returns false if there is none to try.
+    fn hand_over(&self, key: GroupKey, from: SocketAddr, bytes: &[u8], tried: Option<&Arc<Member>>) -> bool {
+        let is_protected = Frame::datagram_token(&mut bytes.to_vec()).is_some();
+        if from.ip() != key.1 || !is_protected && Datagram::decode(bytes).is_err() {
+            return false;
+        }
         let groups = lock(&self.groups);
         let members = groups.get(&key).map(|group| group.members.as_slice()).unwrap_or_default();
-        let candidates = members.iter().filter(|member| from.ip() == key.1 && member.is_well_formed(bytes));
+        let last_tried = members.iter().position(|member| tried.is_some_and(|tried| Arc::ptr_eq(member, tried)));
+        let untried = members.iter().skip(last_tried.map_or(0, |index| index + 1));
+        let candidates = untried.filter(|member| member.is_protected == is_protected);
         let ranked = candidates.filter_map(|member| Some((member.rank(from.port())?, member)));
-        let Some((_, member)) = ranked.min_by_key(|(rank, _)| *rank) else { return };
-        member.set_port(from.port(), false);
-        let _ = member.handed_over.try_send((from, bytes.to_vec()));
+        let Some((_, member)) = ranked.min_by_key(|(rank, _)| *rank) else { return false };
+        if !is_protected {
+            member.set_port(from.port(), false);
+        }
+        member.handed_over.try_send((from, bytes.to_vec())).is_ok()
     }
 }
 
 impl Member {
     /// Returns how well the association fits to a datagram from this port, lower is better; `None`: not at all.
     fn rank(&self, port: u16) -> Option<u8> {
-        match self.port.load(Ordering::Relaxed) {
-            own if own == port => Some(0),
-            0 => Some(1),
-            _ => self.accepts_other_ports.load(Ordering::Relaxed).then_some(2),
-        }
-    }
-
-    fn is_well_formed(&self, bytes: &[u8]) -> bool {
-        match self.is_protected {
-            true => Frame::datagram_token(&mut bytes.to_vec()).is_some(),
-            false => Datagram::decode(bytes).is_ok(),
-        }
+        let rank = match self.port.load(Ordering::Relaxed) {
+            own if own == port => 0,
+            0 => 1,
+            _ if self.accepts_other_ports.load(Ordering::Relaxed) => 2,
+            _ => return None,
+        };
+        Some(if self.is_protected { 0 } else { rank })
     }
 
     fn set_port(&self, port: u16, accepts_other_ports: bool) {
@@ -179,6 +187,11 @@ impl Membership {
     pub(super) fn set_port(&self, port: u16, accepts_other_ports: bool) {
         self.member.set_port(port, accepts_other_ports);
         lock(&self.ports.groups).get_mut(&self.key).into_iter().for_each(|group| self.ports.on_change(group));
+    }
+
+    /// Hands a datagram that this association cannot unwrap over to the next one. Returns false if there is none.
+    pub(super) fn pass_on(&self, from: SocketAddr, bytes: &[u8]) -> bool {
+        self.ports.hand_over(self.key, from, bytes, Some(&self.member))
     }
 
     /// Returns the next datagram that was handed over.

@@ -147,12 +147,14 @@ impl ClientSocket {
             return None;
         }
         let Some(protection) = &self.protection else { return Some(Cow::Borrowed(bytes)) };
-        let unwrapped = protection.unwrap_datagram(&mut bytes.to_vec()).map(Cow::Owned);
-        if unwrapped.is_none() && !self.is_port_fixed {
-            // The handed over datagram was from another client.
-            self.set_shared_port(true);
-        }
-        unwrapped
+        protection.unwrap_datagram(&mut bytes.to_vec()).map(Cow::Owned)
+    }
+
+    /// Hands a datagram that was not accepted over to the next association that shares the port, unless it is from the
+    /// port of this one. Returns false if it is lost.
+    pub(super) fn pass_on(&self, from: SocketAddr, bytes: &[u8]) -> bool {
+        let is_own = self.is_port_fixed && from == self.addr;
+        self.membership.as_ref().is_some_and(|membership| !is_own && membership.pass_on(from, bytes))
     }
 
     /// Returns the destination of answers: `None` for the address that the socket is connected to.
