@@ -161,16 +161,27 @@ impl Rules {
         routes.filter(|route| seen.insert(*route)).collect()
     }
 
-    /// Returns the route of all targets that the rules may still allow, if there is only one. Rules after one that
-    /// decides about all targets are ignored.
+    /// Returns the route of all targets that the rules may still allow, if there is only one.
     pub fn only_route(&self, request: &AccessRequest<'_>) -> Option<Route> {
-        let rules = self.possible_rules(request);
+        <[Route; 1]>::try_from(self.routes(&self.deciding_rules(request))).ok().map(|[only]| only)
+    }
+
+    /// Returns whether a rule with an address or CIDR block may decide.
+    pub fn depends_on_address(&self, request: &AccessRequest<'_>) -> bool {
+        let is_net = |(_, target)| matches!(parse_target(target), Ok(TargetPattern::Net(_)));
+        self.deciding_rules(request).into_iter().any(|rule| rule.targets().any(is_net))
+    }
+
+    /// Returns the rules that may still decide, in order, up to one that decides about all targets.
+    fn deciding_rules(&self, request: &AccessRequest<'_>) -> Vec<&Rule> {
+        let mut rules = self.possible_rules(request);
         let decides_all = |rule: &&Rule| {
             let has_all_targets = matches!(rule.to, TargetCondition::Any | TargetCondition::Unprotected);
             has_all_targets && rule.conditions.matches(request) == Match::Yes
         };
         let last = rules.iter().position(decides_all).unwrap_or(rules.len());
-        <[Route; 1]>::try_from(self.routes(rules.get(..=last).unwrap_or(&rules))).ok().map(|[only]| only)
+        rules.truncate(last.saturating_add(1));
+        rules
     }
 
     /// Returns the rules that may still match, in order.

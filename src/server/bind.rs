@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
+use super::connect::hop_targets;
 use super::hop_access::HopAccess;
 use super::listen::listen_tcp;
 use super::local_addr::{bind_in_range, reachable_addr, with_port};
@@ -28,18 +29,26 @@ use crate::proto::{Addr, Command, Host, PortRange, Rep};
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
 pub(super) async fn serve(session: &mut Session, dst: &Addr, route: Option<Route>) -> SessionResult<Conn> {
-    let route = route.map_or_else(|| session.possible_bind_route(), Ok)?;
+    let request = session.log.access_request();
+    let is_name = request.target_name.is_some();
+    let needs_addrs = is_name && session.policy.policy.rules.depends_on_address(&request);
+    let route = if route.is_none() && !needs_addrs { Some(session.bind_route(&request)?) } else { route };
+    let deadline = Instant::now() + session.server().options.connect_timeout;
+    let (route, addrs) = match route.filter(|_| !is_name) {
+        Some(route) => (route, Vec::new()),
+        None => session.cancellable(session.resolve_route(dst, route, deadline)).await?,
+    };
     match session.hop_access(route)? {
-        None => bind_directly(session, dst, route).await,
-        Some(access) => bind_via_hop(session, dst, &access, route).await,
+        None => bind_directly(session, dst, addrs, route).await,
+        Some(access) => bind_via_hop(session, dst, addrs, &access, route).await,
     }
 }
 
-async fn bind_directly(session: &mut Session, dst: &Addr, route: Route) -> SessionResult<Conn> {
+async fn bind_directly(session: &mut Session, dst: &Addr, addrs: Vec<SocketAddr>, route: Route) -> SessionResult<Conn> {
     let share = session.server().limiter.bind_listeners.try_acquire(session.log.client_key());
     let limit_reached = "limit of BIND listeners reached, or of those of one client (see --bind-ports)";
     let share = share.ok_or_else(|| SessionError::general_failure(limit_reached))?;
-    let expected = session.cancellable(ExpectedPeer::resolve(session, dst)).await?;
+    let expected = session.cancellable(ExpectedPeer::resolve(session, dst, addrs)).await?;
     let control = session.control_addr();
     let outbound = session.outbound(route);
     let unavailable = || SessionError::from_dial(DialError::FamilyUnavailable, dst);
@@ -65,12 +74,19 @@ async fn bind_directly(session: &mut Session, dst: &Addr, route: Route) -> Sessi
     Ok(peer)
 }
 
-async fn bind_via_hop(session: &mut Session, dst: &Addr, access: &HopAccess, route: Route) -> SessionResult<Conn> {
+async fn bind_via_hop(
+    session: &mut Session,
+    dst: &Addr,
+    addrs: Vec<SocketAddr>,
+    access: &HopAccess,
+    route: Route,
+) -> SessionResult<Conn> {
     session.log_route(route, None, None);
     let deadline = Instant::now() + session.server().options.connect_timeout;
-    let request = async |proxy: &Client| proxy.request(Command::Bind).await;
+    let targets = hop_targets(dst, addrs);
+    let request = async |proxy: &Client| proxy.request_first(Command::Bind, targets.clone()).await;
     let requested = access.open(Command::Bind, dst, deadline, request);
-    let ((mut conn, bnd), proxy) = session.cancellable(requested).await?;
+    let ((mut conn, bnd, _), proxy) = session.cancellable(requested).await?;
     session.log_route(route, Some(&proxy), conn.local_addr());
     session.reply_success(proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn, false).await.map_err(SessionError::from_upstream) };
@@ -87,10 +103,10 @@ async fn bind_via_hop(session: &mut Session, dst: &Addr, access: &HopAccess, rou
 impl Session {
     /// Returns the route to listen on if the rules need the peer's address: the only possible one, or else one without a
     /// hop. `accept` then closes the connections of peers that are denied or have another route.
-    fn possible_bind_route(&self) -> SessionResult<Route> {
-        let (rules, request) = (&self.policy.policy.rules, self.log.access_request());
-        let direct = || rules.possible_routes(&request).into_iter().filter(|route| route.hop.is_none());
-        let route = rules.only_route(&request).or_else(|| direct().min_by_key(|route| route.outbound.is_some()));
+    pub(super) fn bind_route(&self, request: &AccessRequest<'_>) -> SessionResult<Route> {
+        let rules = &self.policy.policy.rules;
+        let direct = || rules.possible_routes(request).into_iter().filter(|route| route.hop.is_none());
+        let route = rules.only_route(request).or_else(|| direct().min_by_key(|route| route.outbound.is_some()));
         let unknown = || SessionError::not_allowed("DST must be the peer's address: the rules depend on it");
         route.ok_or_else(unknown)
     }
@@ -137,8 +153,8 @@ struct ExpectedPeer {
 }
 
 impl ExpectedPeer {
-    /// Resolves DST. Returns an error if the rules deny each of its addresses.
-    async fn resolve(session: &Session, dst: &Addr) -> SessionResult<Self> {
+    /// `addrs` are those of a name. Resolves the zone of an address.
+    async fn resolve(session: &Session, dst: &Addr, mut addrs: Vec<SocketAddr>) -> SessionResult<Self> {
         let literal = match &dst.host {
             Host::Ip(ip) => Some(*ip),
             Host::Name(name) => parse_literal(name.as_str()).filter(|_| !name.is_zoned_address()),
@@ -147,17 +163,11 @@ impl ExpectedPeer {
             let wished_port = Some(dst.port).filter(|port| ip.is_unspecified() && *port >= FIRST_UNPRIVILEGED_PORT);
             return Ok(Self { addrs: vec![SocketAddr::new(ip, 0)], wished_port });
         }
-        let deadline = Instant::now() + session.server().options.connect_timeout;
-        let mut addrs = session.resolve(dst, deadline).await?;
-        let mut last_denial = None;
-        addrs.retain(|addr| {
-            let request = AccessRequest { target_ip: Some(addr.ip()), ..session.log.access_request() };
-            session.authorize(&request).map_err(|denial| last_denial = Some(denial)).is_ok()
-        });
-        match last_denial {
-            Some(denial) if addrs.is_empty() => Err(denial),
-            _ => Ok(Self { addrs, wished_port: None }),
+        if addrs.is_empty() {
+            let deadline = Instant::now() + session.server().options.connect_timeout;
+            addrs = session.resolve(dst, deadline).await?;
         }
+        Ok(Self { addrs, wished_port: None })
     }
 
     fn includes(&self, peer: SocketAddr) -> bool {

@@ -4,12 +4,11 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::reply::{SessionError, SessionResult};
-use super::session_log::with_addr;
 use super::state::Session;
 use crate::client::Client;
 use crate::conn::Conn;
 use crate::net::dial;
-use crate::policy::rules::Route;
+use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Command, Host};
 
 pub(super) async fn serve(session: &mut Session, dst: &Addr, route: Option<Route>) -> SessionResult<Conn> {
@@ -28,8 +27,7 @@ pub(super) async fn serve(session: &mut Session, dst: &Addr, route: Option<Route
             let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
             return Ok((target, bnd.into(), Some(addr), None));
         };
-        let targets: Vec<Addr> = addrs.into_iter().map(Addr::from).collect();
-        let targets = if targets.is_empty() { vec![dst.clone()] } else { targets };
+        let targets = hop_targets(dst, addrs);
         let request = async |client: &Client| client.request_first(Command::Connect, targets.clone()).await;
         let opening = access.open(Command::Connect, dst, deadline, request);
         let ((target, bnd, dst), client) = Box::pin(opening).await?;
@@ -46,10 +44,15 @@ pub(super) async fn serve(session: &mut Session, dst: &Addr, route: Option<Route
     Ok(target)
 }
 
+/// Returns the targets for a hop: the addresses that were resolved here, or `dst`.
+pub(super) fn hop_targets(dst: &Addr, addrs: Vec<SocketAddr>) -> Vec<Addr> {
+    if addrs.is_empty() { vec![dst.clone()] } else { addrs.into_iter().map(Addr::from).collect() }
+}
+
 impl Session {
-    /// Resolves `dst`, and authorizes each of its addresses. Returns the route and the allowed addresses. If `route` is
-    /// a hop, which can resolve the name itself, there are none.
-    async fn resolve_route(
+    /// Resolves `dst` of CONNECT or BIND, and authorizes each of its addresses. Returns the route and the allowed
+    /// addresses. If `route` is a hop, which can resolve the name itself, there are none.
+    pub(super) async fn resolve_route(
         &self,
         dst: &Addr,
         route: Option<Route>,
@@ -60,13 +63,15 @@ impl Session {
         }
         let mut addrs = self.resolve(dst, deadline).await?;
         let (mut first_denial, mut first_route) = (None, None);
-        addrs.retain(|addr| match self.authorize(&with_addr(self.log.access_request(), *addr)) {
-            // Only addresses with the route of the first allowed one are used.
-            Ok(Some(route)) => *first_route.get_or_insert(route) == route,
-            Ok(None) => false,
-            Err(denial) => {
-                first_denial.get_or_insert(denial);
-                false
+        addrs.retain(|addr| {
+            let request = AccessRequest { target_ip: Some(addr.ip()), ..self.log.access_request() };
+            match self.authorize(&request).and_then(|route| route.map_or_else(|| self.bind_route(&request), Ok)) {
+                // Only addresses with the route of the first allowed one are used.
+                Ok(route) => *first_route.get_or_insert(route) == route,
+                Err(denial) => {
+                    first_denial.get_or_insert(denial);
+                    false
+                }
             }
         });
         let denial = || first_denial.unwrap_or_else(|| SessionError::not_allowed("no allowed address"));

@@ -95,7 +95,7 @@ impl Explanation<'_> {
         let request = AccessRequest { target_name: Some(name), ..request };
         match (self.policy.evaluate(&request, is_local), query.addr) {
             (Decision::Undecided(_), Some(addr)) => self.report_addrs(&request, &[addr.ip()]),
-            (Decision::Undecided(rule), None) => {
+            (Decision::Undecided(rule), None) if self.needs_addrs(&request) => {
                 let subject = format!("{} (its addresses decide)", name.as_str());
                 self.add_line("resolve", &subject, rule, Route::default());
                 let ips = resolve(to, self.options.connect_timeout).map_err(|error| {
@@ -105,6 +105,12 @@ impl Explanation<'_> {
             }
             _ => self.report(name.as_str(), &request),
         }
+    }
+
+    /// Returns false if a hop resolves the name of a request of BIND.
+    fn needs_addrs(&self, request: &AccessRequest<'_>) -> bool {
+        let has_hop = self.policy.rules.only_route(request).is_some_and(|route| route.hop.is_some());
+        !has_hop || self.policy.rules.depends_on_address(request)
     }
 
     /// Reports the decision for each address. Returns true if at least one is allowed.

@@ -343,3 +343,31 @@ fn errors_about_hops_do_not_contain_the_password() {
         assert!(!shown.contains("ame@") && (!shown.contains("sesame") || value.contains("sesame:")), "{shown}");
     }
 }
+
+#[test]
+fn hop_gets_the_allowed_addresses_of_the_peer_of_bind_if_rules_depend_on_them() {
+    enter_namespace!("127.0.0.1 localhost\n127.0.0.3 bad.test two.test\n127.0.0.2 good.test two.test\n", "");
+    let hop = Server::start(&[]);
+    let via = hop.addr().to_string();
+    // Two possible routes, and a rule that depends on the port of the peer.
+    let rules = ["deny to=127.0.0.3", "deny to=127.0.0.2 port=1", "allow to=127.0.0.9 outbound=127.0.0.1"];
+    let args: Vec<&str> = ["--via", &via].into_iter().chain(rules.iter().flat_map(|rule| ["--rule", rule])).collect();
+    let server = Server::start(&args);
+    for (dst, expected) in [("bad.test:0", 2), ("bad.test:80", 2), ("good.test:0", 0), ("two.test:80", 0)] {
+        let request = format!("command=bind to={dst}");
+        let explained = run(s5().arg("serve").args(&args).args(["--explain", &request]), b"", TIMEOUT);
+        assert_eq!(explained.status.success(), expected == 0, "{dst}: {explained:?}");
+        let (mut client, rep, bnd) = open_as(&server, None, BIND, dst);
+        assert_eq!(rep, expected, "{dst}");
+        if rep == 0 {
+            assert_accepts_peer(&mut client, bnd, addr("127.0.0.2:0"));
+            drop(client);
+            let port = dst.rsplit(':').next().expect("a port");
+            let sent = format!(" command=bind to=\"127.0.0.2:{port}\" ");
+            hop.wait_log(|log| session_lines(log).last().is_some_and(|line| line.contains(&sent)));
+        }
+    }
+    // Without such rules, the hop resolves the name.
+    let unresolved = ["--via", &via, "--deny", "port=1", "--explain", "command=bind to=unknown.test:0"];
+    assert!(run(s5().arg("serve").args(unresolved), b"", TIMEOUT).status.success());
+}
