@@ -21,13 +21,13 @@ use crate::values::{
 pub struct ServeArgs {
     /// listen here (repeatable) [default: 1080, loopback]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (127.0.0.1 and ::1),
     /// *:PORT (all addresses) or unix:/PATH. 0.0.0.0:PORT accepts only IPv4, and \[::\]:PORT only IPv6. An address
-    /// family that the host does not have is skipped. A link-local address has a zone, as in \[fe80::1%eth0\]:1080.
-    /// With port 0 the kernel chooses the port, and s5 logs it. PORT can be the name of a service. A Unix socket that
-    /// no process uses is replaced; one in use is an error. The umask sets the permissions of its file. Its clients
-    /// send and receive datagrams at 127.0.0.1. If a client announces its port, datagrams from other ports are dropped.
-    /// Without this option, s5 uses the sockets of a socket unit, if systemd passes some. See SYSTEMD. Addresses other
-    /// than loopback, and --proxy-protocol-from, require --users, --keytab, an allow rule with from=, or
-    /// --allow-open-relay.
+    /// family that the host does not have is skipped. Addresses of a name that other hosts have are skipped with a
+    /// warning. A link-local address has a zone, as in \[fe80::1%eth0\]:1080. With port 0 the kernel chooses the port,
+    /// and s5 logs it. PORT can be the name of a service. A Unix socket that no process uses is replaced; one in use is
+    /// an error. The umask sets the permissions of its file. Its clients send and receive datagrams at 127.0.0.1. If a
+    /// client announces its port, datagrams from other ports are dropped. Without this option, s5 uses the sockets of a
+    /// socket unit, if systemd passes some. See SYSTEMD. Addresses other than loopback, and --proxy-protocol-from,
+    /// require --users, --keytab, an allow rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     pub listen: Vec<ListenAddr>,
 

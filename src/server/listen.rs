@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener;
@@ -88,7 +88,7 @@ impl ListenAddr {
     pub fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
         let both_families = |v4: Ipv4Addr, v6: Ipv6Addr, port| vec![(v4, port).into(), (v6, port).into()];
         Ok(match self {
-            Self::Host(Addr { host: Host::Ip(ip), port }) => vec![(*ip, *port).into()],
+            Self::Host(Addr { host: Host::Ip(ip), port }) => vec![(ip.to_canonical(), *port).into()],
             Self::Host(Addr { host: Host::Name(name), port }) => {
                 let found = (name.as_str(), *port).to_socket_addrs();
                 let no_interface = |_| io::Error::other(DialError::NoInterface);
@@ -100,8 +100,7 @@ impl ListenAddr {
         })
     }
 
-    /// Binds all addresses. Skips a family that this machine does not have if the other one can be bound. An error has
-    /// the address that it is about.
+    /// Binds the addresses of this machine; there must be one. An error has the address that it is about.
     pub(super) fn bind(&self) -> Result<Vec<Listener>, (String, io::Error)> {
         let name_self = |error| (self.to_string(), error);
         if let Self::Unix(path) = self {
@@ -113,26 +112,30 @@ impl ListenAddr {
         for _ in 1..MAX_PORT_ATTEMPTS {
             match bind_all(&addrs, Some(LISTEN_BACKLOG)) {
                 Err((_, error)) if may_retry && error.kind() == io::ErrorKind::AddrInUse => {}
-                result => return result,
+                result => return result.map(|(listeners, _)| listeners),
             }
         }
-        bind_all(&addrs, Some(LISTEN_BACKLOG))
+        bind_all(&addrs, Some(LISTEN_BACKLOG)).map(|(listeners, _)| listeners)
     }
 
-    /// Returns the error of [`bind`](Self::bind), but opens no port and creates no file. `addrs` are the resolved ones.
-    /// The server whose options are checked may be running, so addresses and sockets in use are not an error.
-    pub(super) fn check(&self, addrs: &[SocketAddr]) -> Result<(), (String, io::Error)> {
-        match self {
-            Self::Unix(path) => check_unix(path).map_err(|error| (self.to_string(), error)),
-            _ => bind_all(addrs, None).map(drop),
+    /// Returns the error of [`bind`](Self::bind), but opens no port and creates no file. `addrs` are the resolved ones;
+    /// those that `bind` would skip are removed. The server whose options are checked may be running, so addresses and
+    /// sockets in use are not an error.
+    pub(super) fn check(&self, addrs: &mut Vec<SocketAddr>) -> Result<(), (String, io::Error)> {
+        if let Self::Unix(path) = self {
+            return check_unix(path).map_err(|error| (self.to_string(), error));
         }
+        let (_, skipped) = bind_all(addrs, None)?;
+        addrs.retain(|addr| !skipped.contains(&addr.ip()));
+        Ok(())
     }
 }
 
 /// Binds each address. With port 0, all get the port that the kernel chooses for the first one. Without a backlog, an
-/// address may be in use.
-fn bind_all(addrs: &[SocketAddr], backlog: Option<i32>) -> Result<Vec<Listener>, (String, io::Error)> {
-    let mut listeners = Vec::<Listener>::new();
+/// address may be in use. Also returns the addresses that are not of this machine, if there are others: of a family that
+/// it does not have, or with a warning.
+fn bind_all(addrs: &[SocketAddr], backlog: Option<i32>) -> Result<(Vec<Listener>, Vec<IpAddr>), (String, io::Error)> {
+    let (mut listeners, mut skipped) = (Vec::<Listener>::new(), Vec::new());
     let mut unavailable = ("the name".to_owned(), io::ErrorKind::AddrNotAvailable.into());
     for mut addr in addrs.iter().copied() {
         if let (0, Some(first)) = (addr.port(), listeners.first().and_then(|first| first.addr)) {
@@ -145,14 +148,25 @@ fn bind_all(addrs: &[SocketAddr], backlog: Option<i32>) -> Result<Vec<Listener>,
         match bound.and_then(|socket| Listener::new(socket.into(), "", false)) {
             Ok(listener) => listeners.push(listener),
             Err(error) => match Errno::from_io_error(&error) {
-                Some(Errno::ADDRINUSE) if backlog.is_none() => return Ok(listeners),
-                // This machine does not have the family.
-                Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => unavailable = (addr.to_string(), error),
+                Some(Errno::ADDRINUSE) if backlog.is_none() => {}
+                Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => {
+                    unavailable = (addr.to_string(), error);
+                    skipped.push(addr.ip());
+                }
                 _ => return Err((addr.to_string(), error)),
             },
         }
     }
-    if listeners.is_empty() { Err(unavailable) } else { Ok(listeners) }
+    if skipped.len() == addrs.len() {
+        return Err(unavailable);
+    }
+    let is_bound = |addr: &&SocketAddr| !skipped.contains(&addr.ip());
+    for ip in &skipped {
+        if addrs.iter().filter(is_bound).any(|bound| bound.is_ipv4() == ip.is_ipv4()) {
+            log::warn!("listen on {ip}: not an address of this host, so it is skipped");
+        }
+    }
+    Ok((listeners, skipped))
 }
 
 /// Returns a non-blocking socket, which listens if there is a backlog. `prepare` is called before it is bound.

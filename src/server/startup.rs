@@ -99,7 +99,7 @@ fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerErr
     ServerError::Io(format!("listen on {addr}"), with_remedy)
 }
 
-/// Returns the addresses to bind. Fails as bind(2) would, also if address and port conflict with one of `others`, or if
+/// Returns the addresses that a start binds. Fails as bind(2) would, also if address and port conflict with one of `others`, or if
 /// the path of a Unix socket is one of `before`.
 fn check_listen<'a>(
     listen: &ListenAddr,
@@ -107,7 +107,7 @@ fn check_listen<'a>(
     mut before: impl Iterator<Item = &'a ListenAddr>,
     others: &[SocketAddr],
 ) -> Result<Vec<SocketAddr>, ServerError> {
-    let addrs = listen.resolve().map_err(|error| listen_error(listen, error, option))?;
+    let mut addrs = listen.resolve().map_err(|error| listen_error(listen, error, option))?;
     let is_used = |addr: &&SocketAddr| {
         let is_any = |other: &SocketAddr| addr.ip().is_unspecified() || other.ip().is_unspecified();
         let is_same = |other: &SocketAddr| addr.is_ipv4() == other.is_ipv4() && addr.port() == other.port();
@@ -115,7 +115,7 @@ fn check_listen<'a>(
     };
     let is_repeated = matches!(listen, ListenAddr::Unix(_)) && before.any(|other| other == listen);
     let used = addrs.iter().find(is_used).map(ToString::to_string).or(is_repeated.then(|| listen.to_string()));
-    let checked = used.map_or_else(|| listen.check(&addrs), |addr| Err((addr, Errno::ADDRINUSE.into())));
+    let checked = used.map_or_else(|| listen.check(&mut addrs), |addr| Err((addr, Errno::ADDRINUSE.into())));
     checked.map(|()| addrs).map_err(|(addr, error)| listen_error(addr, error, option))
 }
 

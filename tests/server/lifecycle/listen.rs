@@ -79,6 +79,23 @@ fn default_listens_on_loopback_of_each_family() {
 }
 
 #[test]
+fn name_with_addresses_of_other_hosts_binds_its_own_ones_with_a_warning_and_check_passes() {
+    enter_namespace!("10.99.0.1 mixed.test\n127.0.0.1 mixed.test\n2001:db8::1 mixed.test\n::1 mixed.test\n", "");
+    // Also IPv4 in the form of IPv6.
+    let args = ["--listen", "mixed.test:1080", "--listen", "[::ffff:127.0.0.2]:1080"];
+    let server = Server::start_with(s5().arg("serve").args(args), 3);
+    let addrs: BTreeSet<String> = server.addrs.iter().map(ToString::to_string).collect();
+    assert_eq!(addrs, ["127.0.0.1:1080", "127.0.0.2:1080", "[::1]:1080"].map(Into::into).into());
+    let check = run(s5().args(["serve", "--check"]).args(args), b"", TIMEOUT);
+    assert!(check.status.success(), "{check:?}");
+    for log in [server.log(), text(&check.stderr)] {
+        for ip in ["10.99.0.1", "2001:db8::1"] {
+            assert!(log.contains(&format!("listen on {ip}: not an address of this host, so it is skipped\n")), "{log}");
+        }
+    }
+}
+
+#[test]
 fn ipv6_wildcard_logs_that_it_accepts_no_ipv4() {
     let log_of = |listen: &str, count, more: &[&str]| {
         let server = serve(listen, count, &[&["--allow-open-relay"], more].concat());
