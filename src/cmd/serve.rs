@@ -66,7 +66,7 @@ pub(super) fn run(args: ServeArgs, command_line: Vec<String>) -> CliResult {
     let hops = sources.hops.names().into_iter().zip(proxies).map(|(name, proxies)| Hop::new(name, proxies).into());
     let options = Options { inherited, command_line, hops: hops.collect(), ..options(args, &sources, &policy)? };
     if options.show_rules {
-        return explain::show(&policy, &options);
+        return explain::show(policy, &options);
     }
     if let Some(request) = &options.explain {
         return explain::explain(policy, &options, request);

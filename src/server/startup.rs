@@ -53,6 +53,21 @@ pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError
     check(&path).map_err(|error| ServerError::AccessLog(path, error))
 }
 
+/// Adds the addresses that a server with these options would have, without opening a port.
+pub fn add_own_addrs(policy: &mut Policy, options: &Options) {
+    let resolve = |listen: &ListenAddr| listen.resolve().unwrap_or_default();
+    policy.metrics_addrs = options.metrics.iter().flat_map(resolve).collect();
+    policy.listen_addrs = options.inherited.iter().flat_map(Listener::addrs).collect();
+    if options.inherited.is_empty() {
+        policy.listen_addrs = options.listen.iter().flat_map(resolve).collect();
+    }
+    policy.advertised_ips = advertised_ips(options);
+}
+
+fn advertised_ips(options: &Options) -> Vec<IpAddr> {
+    [options.advertise_bind.as_slice(), &options.advertise_udp].concat()
+}
+
 /// Checks the configuration of a server with these addresses, and enters the sandbox. Returns a function that logs what is
 /// in force there.
 pub(super) fn prepare(
@@ -61,7 +76,7 @@ pub(super) fn prepare(
     addrs: Vec<SocketAddr>,
 ) -> Result<impl FnOnce() + use<>, ServerError> {
     policy.listen_addrs = addrs;
-    policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
+    policy.advertised_ips = advertised_ips(options);
     let error = check_open_relay(policy, options).or_else(|| check_proxy_loop(policy, options));
     let error = error.or_else(|| check_metrics(policy, options));
     warn_of_balancers(options);

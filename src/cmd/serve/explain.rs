@@ -1,5 +1,6 @@
 //! `--show-rules` and `--explain`: print the rules, or the rule that decides a request. The server is not started.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
@@ -12,12 +13,13 @@ use crate::net::{Unlimited, canonical, parse_literal, reactor, timeout_at};
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 use crate::policy::{Policy, is_reachable};
 use crate::proto::{Addr, Host};
-use crate::server::{ListenAddr, Options, is_local};
+use crate::server::{Options, add_own_addrs, is_local};
 
 const COMMENT_COLUMN: usize = 48;
 
 /// Prints all rules in order of evaluation, each with its origin.
-pub(super) fn show(policy: &Policy, options: &Options) -> CliResult {
+pub(super) fn show(mut policy: Policy, options: &Options) -> CliResult {
+    add_own_addrs(&mut policy, options);
     let mut text = String::new();
     let mut add = |rule: &str, origin: &str| text += &format!("{rule:COMMENT_COLUMN$}  # {origin}\n");
     for rule in policy.rules.in_display_order() {
@@ -25,14 +27,16 @@ pub(super) fn show(policy: &Policy, options: &Options) -> CliResult {
             add(&rule.text(), &rule.origin());
             continue;
         }
-        let own_listeners = options.listen.iter().chain(&options.metrics).flat_map(ListenAddr::resolve).flatten();
+        let own: Vec<SocketAddr> = policy.listen_addrs.iter().chain(&policy.metrics_addrs).copied().collect();
+        let advertised = policy.advertised_ips.iter().flat_map(|ip| own.iter().map(|addr| (*ip, addr.port()).into()));
         let rule_text = |addr: SocketAddr| match addr.ip().is_unspecified() {
             true => format!("deny to=(any address of this host) port={}", addr.port()),
             false => format!("deny to={} port={}", addr.ip(), addr.port()),
         };
-        let mut rules: Vec<String> = own_listeners.map(rule_text).collect();
-        rules.dedup();
-        rules.iter().for_each(|rule| add(rule, "built in, own listener"));
+        let (rules, mut seen) = (own.iter().copied().chain(advertised).map(rule_text), HashSet::new());
+        for rule in rules.filter(|rule| seen.insert(rule.clone())) {
+            add(&rule, "built in, own listener");
+        }
     }
     text += "# an allow without to= does not override the built-in deny rules\n";
     print(&text)
@@ -40,8 +44,7 @@ pub(super) fn show(policy: &Policy, options: &Options) -> CliResult {
 
 /// Prints the deciding rule for the name and for each address. Fails with status 1 if the request is denied.
 pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> CliResult {
-    policy.listen_addrs =
-        options.listen.iter().chain(&options.metrics).flat_map(ListenAddr::resolve).flatten().collect();
+    add_own_addrs(&mut policy, options);
     let query =
         ExplainedRequest::parse(request, &policy).map_err(|error| CliError::usage(format!("--explain: {error}")))?;
     let mut explanation = Explanation { policy: &policy, options, query: &query, text: format!("request {query}\n") };

@@ -17,7 +17,7 @@ fn text(bytes: &[u8]) -> String {
 fn show_rules_prints_order_and_origin() {
     let dir = temp_dir();
     let file = write_file(dir.path(), "rules", "# ours\ndeny   port=25\n\nallow from=10.0.0.0/8 # them\n");
-    let args = ["--listen", "127.0.0.1:1080", "--listen", "*:1081", "--rules", &file];
+    let args = ["--listen", "127.0.0.1:1080", "--listen", "*:1081", "--advertise", "203.0.113.5", "--rules", &file];
     let rules = ["--allow", "to=a.test", "--rule", "deny to=b.test", "--deny", "to=c.test", "--allow", "to=d.test"];
     let output = serve(&[&args[..], &rules, &["--show-rules"]].concat());
     let lines: Vec<String> = text(&output.stdout).lines().map(str::to_owned).collect();
@@ -30,6 +30,8 @@ fn show_rules_prints_order_and_origin() {
         ("allow from=10.0.0.0/8", &format!("{file} line 4")),
         ("deny to=127.0.0.1 port=1080", "built in, own listener"),
         ("deny to=(any address of this host) port=1081", "built in, own listener"),
+        ("deny to=203.0.113.5 port=1080", "built in, own listener"),
+        ("deny to=203.0.113.5 port=1081", "built in, own listener"),
         (
             "deny from=remote to=.localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
              ::,::1,fd00:ec2::254,fe80::/10,ff00::/8",
@@ -43,6 +45,10 @@ fn show_rules_prints_order_and_origin() {
         assert_eq!((shown.trim_end(), comment.trim()), (rule, origin));
     }
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+    for (port, status) in [(1080, 1), (1081, 1), (1082, 0)] {
+        let request = format!("from=10.1.0.2 to=203.0.113.5:{port}");
+        assert_eq!(serve(&[&args[..], &["--explain", &request]].concat()).status.code(), Some(status), "{request}");
+    }
     // Without an allow that has from=, the default is to allow, and no rule follows it.
     let shown = text(&serve(&["--show-rules"]).stdout);
     let last_rule = shown.lines().rfind(|line| !line.starts_with('#')).expect("a rule");
