@@ -146,7 +146,12 @@ impl Session {
             Method::PASSWORD => {
                 let login =
                     timeout_at(self.deadline, self.conn.read_message()).await.ok_or_else(|| self.timed_out())?;
-                let invalid = |error| SessionError::with_message(&LoginStatus::FAILURE, error);
+                let invalid = |error| match error {
+                    ProtocolError::EmptyCredential => {
+                        SessionError::login_refused(&LoginStatus::FAILURE, &format!(" ({error})"))
+                    }
+                    _ => SessionError::with_message(&LoginStatus::FAILURE, error),
+                };
                 let login = login.map_err(|error| read_error(error, invalid))?;
                 Box::pin(self.verify_password(login)).await
             }
