@@ -355,7 +355,6 @@ impl fmt::Display for Facts<'_> {
         let from = |client: Option<AddrPort>| client.map_or("unix".into(), |addr| addr.socket_addr().to_string());
         write!(f, "id={} from={}", log.id, from(log.client))?;
         Field(" proxy=", log.path.as_ref().and_then(|path| path.balancer).map(from)).fmt(f)?;
-        let escape_user = |user: &[u8]| escape(user.iter().map(|byte| escape_default(*byte)), user.len());
         Field(" user=", log.user.as_ref().map(|user| format!("\"{}\"", escape_user(user)))).fmt(f)?;
         Field(" method=", log.method).fmt(f)?;
         Field(" protection=", log.method.filter(|method| *method == Method::GSSAPI).map(|_| log.level)).fmt(f)?;
@@ -407,6 +406,11 @@ fn quote_addr(addr: impl fmt::Display) -> String {
 
 fn escape_name(name: &str) -> String {
     escape(name.chars().map(char::escape_debug), name.len())
+}
+
+fn escape_user(user: &[u8]) -> String {
+    let escape_bytes = |_| escape(user.iter().map(|byte| escape_default(*byte)), user.len());
+    std::str::from_utf8(user).map_or_else(escape_bytes, escape_name)
 }
 
 /// Joins the escaped characters of a name. Cuts a name that is too long, and adds its length in bytes.

@@ -4,7 +4,7 @@ use super::tools::alice_and_bob;
 use crate::*;
 
 /// Log lines, each with the request that `--explain` prints for it.
-const LOG_LINES: [(&str, &str); 10] = [
+const LOG_LINES: [(&str, &str); 11] = [
     (
         "id=8 from=192.0.2.7:50000 proxy=127.0.0.1:40000 user=\"alice\" method=password command=connect to=\"a.test:25\"",
         "from=192.0.2.7 user=alice method=password protection=none command=connect to=a.test:25",
@@ -42,6 +42,10 @@ const LOG_LINES: [(&str, &str); 10] = [
     (
         "from=[fe80::7%eth0]:50000 user=\"bob@corp\" command=connect to=\"b\\u{fc}cher/@:80\" rep=4",
         "from=fe80::7 user=bob@corp method=password protection=none command=connect to=bücher/@:80",
+    ),
+    (
+        "from=10.1.1.1:5555 user=\"jos\u{e9} \\u{202e}\" to=\"a.test:25\"",
+        "from=10.1.1.1 user=jos%C3%A9%20%E2%80%AE method=password protection=none command=connect to=a.test:25",
     ),
     ("client=192.0.2.7 dst=a.test:25", "from=192.0.2.7 method=none protection=none command=connect to=a.test:25"),
     (
