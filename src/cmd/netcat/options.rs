@@ -230,8 +230,8 @@ pub struct ClientArgs {
     #[argh(switch, short = 'k')]
     pub(crate) keep_open: bool,
 
-    /// with -l, limit concurrent peers [default: 256]. Datagrams of further peers are dropped. If N is 5 or more, one IP
-    /// address (IPv6: a /64) has at most about 4/5 of them.
+    /// with -l, limit concurrent peers [default: 256]. A further peer replaces one that is idle for more than 2 s. If there
+    /// is none, its datagrams are dropped. If N is 5 or more, one IP address (IPv6: a /64) has at most about 4/5 of them.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "DEFAULT_MAX_PEERS")]
     pub(crate) max_peers: usize,
 

@@ -1,9 +1,10 @@
 //! `s5 udp -l`: forwards datagrams from a local port to the target through the proxy. Each local peer gets an
-//! association, which ends after the idle timeout.
+//! association, which ends after the idle timeout, or when a new peer needs its place.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::rc::{Rc, Weak};
 use std::time::{Duration, Instant};
 
 use smol::LocalExecutor;
@@ -31,8 +32,19 @@ const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// or more, a single address has at most about 4/5 of all, and others find a place.
 const PEERS_PER_FREE_PLACE: usize = 4;
 
-/// The queue of datagrams of each peer, from its first datagram to the end of its association.
-type PeerQueues = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
+/// Time without a datagram after which a peer is quiet. It loses its place if a new peer needs it: many programs, such as
+/// DNS resolvers, send each request from another port.
+const QUIET_TIME: Duration = Duration::from_secs(2);
+
+/// All peers, each from its first datagram to the end of its association.
+type Peers = HashMap<SocketAddr, Peer>;
+
+struct Peer {
+    /// Its datagrams. The association ends when the peer is removed, which closes the queue.
+    queue: Sender<Vec<u8>>,
+    /// Time of the last datagram in either direction, while the association is open.
+    last_activity: Weak<Cell<Instant>>,
+}
 
 /// Prints at most one line per `MIN_INTERVAL`. The value is the time of the last line, and the number of lines that were
 /// omitted after it.
@@ -54,7 +66,7 @@ impl LimitedLines {
 /// Relays between a local port and the target until an error occurs.
 pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> CliResult {
     let socket = listen(connector, addr, UdpSocket::bind)?;
-    let (peers, errors, drops) = (PeerQueues::default(), LimitedLines::default(), LimitedLines::default());
+    let (peers, errors, drops) = (RefCell::<Peers>::default(), LimitedLines::default(), LimitedLines::default());
     let executor = LocalExecutor::new();
     let accept_datagrams: ModeFuture<'_> = Box::pin(async {
         let mut buffer = vec![0; DATAGRAM_BUFFER_SIZE];
@@ -62,16 +74,16 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> CliResult {
             let received = socket.with(Interest::Read, |socket| retry_refused(|| socket.recv_from(&mut buffer))).await;
             let (n, peer) = received.map_err(|error| connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
             let data = buffer.get(..n).unwrap_or_default().to_vec();
-            let queue = peers.borrow().get(&peer).cloned();
+            let queue = peers.borrow().get(&peer).map(|peer| peer.queue.clone());
             let queue = match queue {
                 Some(queue) => queue,
-                None if !has_room(&peers.borrow(), peer.ip(), connector.args.max_peers) => {
+                None if !make_room(&mut peers.borrow_mut(), peer.ip(), connector.args.max_peers) => {
                     drops.print(connector, "dropping datagrams of new peers: too many peers (raise --max-peers)");
                     continue;
                 }
                 None => {
                     let (queue, datagrams) = bounded(MAX_QUEUED);
-                    peers.borrow_mut().insert(peer, queue.clone());
+                    peers.borrow_mut().insert(peer, Peer { queue: queue.clone(), last_activity: Weak::new() });
                     let association = serve_peer(connector, &socket, &peers, &errors, peer, datagrams);
                     executor.spawn(Box::pin(association) as Task<'_>).detach();
                     queue
@@ -87,17 +99,29 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> CliResult {
     executor.run(accept_datagrams).await
 }
 
-fn has_room(peers: &HashMap<SocketAddr, Sender<Vec<u8>>>, ip: IpAddr, max_peers: usize) -> bool {
-    let free = max_peers.saturating_sub(peers.len());
-    let is_same = |peer: &&SocketAddr| ClientKey::new(Some(peer.ip())) == ClientKey::new(Some(ip));
-    free > 0 && peers.keys().filter(is_same).count() < free.saturating_mul(PEERS_PER_FREE_PLACE)
+/// Returns true if there is a place for a new peer with this IP address. If not, the quiet peer that has been idle longest
+/// loses its place: one of this address, or, if there are `max_peers`, of the address with most.
+fn make_room(peers: &mut Peers, ip: IpAddr, max_peers: usize) -> bool {
+    let mut counts: HashMap<ClientKey, usize> = HashMap::new();
+    peers.keys().for_each(|peer| *counts.entry(ClientKey::new(Some(peer.ip()))).or_default() += 1);
+    let count = |key| counts.get(&key).copied().unwrap_or(0);
+    let (key, free) = (ClientKey::new(Some(ip)), max_peers.saturating_sub(peers.len()));
+    if free > 0 && count(key) < free.saturating_mul(PEERS_PER_FREE_PLACE) {
+        return true;
+    }
+    let quiet = peers.iter().filter_map(|(addr, peer)| {
+        let (other, idle) = (ClientKey::new(Some(addr.ip())), peer.last_activity.upgrade()?.get().elapsed());
+        let may_lose = idle > QUIET_TIME && (other == key || free == 0 && count(other) > count(key));
+        may_lose.then_some((count(other), idle, *addr))
+    });
+    quiet.max().is_some_and(|(_, _, addr)| peers.remove(&addr).is_some())
 }
 
 /// Opens an association for a peer, and after an error another one if the peer sends again.
 async fn serve_peer(
     connector: &Connector,
     socket: &Io<UdpSocket>,
-    peers: &PeerQueues,
+    peers: &RefCell<Peers>,
     errors: &LimitedLines,
     peer: SocketAddr,
     datagrams: Receiver<Vec<u8>>,
@@ -106,6 +130,8 @@ async fn serve_peer(
     loop {
         let begun = Instant::now();
         let relay = async |transfer: &Transfer<'_>| {
+            let last_activity = Rc::downgrade(&transfer.last_activity);
+            peers.borrow_mut().entry(peer).and_modify(|entry| entry.last_activity = last_activity);
             let (send, receive) = (send(transfer, &datagrams, peer), receive(transfer, socket, peer));
             match transfer.run(send, receive, Some(idle_timeout)).await {
                 Err(error) if error.status == ExitStatus::TIMED_OUT => Ok(()),
@@ -123,7 +149,10 @@ async fn serve_peer(
             break;
         }
     }
-    peers.borrow_mut().remove(&peer);
+    // If the queue is closed, the peer has been removed, and may be a new one already.
+    if !datagrams.is_closed() {
+        peers.borrow_mut().remove(&peer);
+    }
 }
 
 async fn send(transfer: &Transfer<'_>, datagrams: &Receiver<Vec<u8>>, peer: SocketAddr) -> CliResult {

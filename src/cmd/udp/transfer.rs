@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -19,7 +20,8 @@ use crate::proto::Addr;
 pub(super) struct Transfer<'a> {
     pub(super) connector: &'a Connector,
     pub(super) association: Association,
-    last_activity: Cell<Instant>,
+    /// Time of the last datagram in either direction.
+    pub(super) last_activity: Rc<Cell<Instant>>,
     counts: Arc<ByteCounts>,
     stats: Arc<RelayStats>,
 }
@@ -38,7 +40,7 @@ pub(super) async fn run(
             connector.print_verbose(&format!("UDP relay{peer}{target} at {relay}"));
         }
         let (counts, stats) = report.start_relay();
-        let last_activity = Cell::new(Instant::now());
+        let last_activity = Rc::new(Cell::new(Instant::now()));
         let state = Transfer { connector, association, last_activity, counts, stats };
         let result = transfer(&state).await;
         state.print_losses();

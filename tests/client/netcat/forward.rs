@@ -200,14 +200,50 @@ fn udp_forward_queues_datagrams_until_the_association_is_open() {
 fn udp_forward_limits_peers() {
     let (_server, proxy) = serve();
     let (client, at) = start_udp_forward(&proxy, " --max-peers 2");
-    let (one, two, three) = (socket(), socket(), socket());
+    let (one, two) = (socket(), socket());
     exchange(&one, at, b"one");
     exchange(&two, at, b"two");
-    three.send_to(b"three", at).expect("datagram sent");
-    client.stderr(|stderr| stderr.contains("too many peers"));
-    exchange(&one, at, b"one again");
-    three.set_read_timeout(Some(Duration::from_millis(200))).expect("timeout set");
-    assert!(retry(|| three.recv_from(&mut [0; 16])).is_err());
+    overload_peers(&client, at, socket);
+}
+
+/// Sends from new sockets until datagrams are dropped, and a second line would have been printed.
+fn overload_peers(client: &RunningProgram, at: SocketAddr, socket: impl Fn() -> UdpSocket) {
+    wait_until("dropped datagrams are counted", TIMEOUT, || {
+        socket().send_to(b"dropped", at).expect("datagram sent");
+        client.stderr_so_far().contains("too many peers (raise --max-peers) (omitted lines: ")
+    });
+}
+
+/// Sends a datagram until it returns, because the peer has got a place.
+fn exchange_when_quiet(socket: &UdpSocket, at: SocketAddr) {
+    socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
+    wait_until("a quiet peer loses its place", TIMEOUT, || {
+        socket.send_to(b"x", at).expect("datagram sent");
+        retry(|| socket.recv(&mut [0; 16])).is_ok()
+    });
+}
+
+#[test]
+fn udp_forward_replaces_the_peer_that_is_idle_longest() {
+    let (_server, proxy) = serve();
+    let (client, at) = start_udp_forward(&proxy, " --max-peers 5 -v");
+    let associations = |stderr: &str, peer: &UdpSocket| {
+        stderr.matches(&format!("UDP relay for {} to", peer.local_addr().expect("local address"))).count()
+    };
+    let [other, third] = ["127.0.0.2:0", "127.0.0.3:0"].map(|addr| UdpSocket::bind(addr).expect("free port"));
+    let begun = Instant::now();
+    exchange_when_quiet(&other, at);
+    // One address has at most four places, and further peers do not get that of another address.
+    let sockets = [(); 5].map(|()| socket());
+    sockets.iter().for_each(|socket| exchange_when_quiet(socket, at));
+    assert!(begun.elapsed() > Duration::from_secs(2), "a peer that was active has lost its place");
+    (0..8).for_each(|_| drop(socket().send_to(b"x", at).expect("datagram sent")));
+    exchange_when_quiet(&other, at);
+    // All five places are in use: a new address gets that of the address with most.
+    exchange_when_quiet(&third, at);
+    exchange_when_quiet(&sockets[0], at);
+    let stderr = client.stderr(|stderr| associations(stderr, &sockets[0]) == 2);
+    assert_eq!([&other, &third].map(|peer| associations(&stderr, peer)), [1, 1], "{stderr}");
 }
 
 #[test]
@@ -216,16 +252,11 @@ fn udp_forward_leaves_peers_for_other_addresses() {
     let (client, at) = start_udp_forward(&proxy, " --max-peers 10");
     let sockets = [(); 8].map(|()| socket());
     sockets.iter().for_each(|socket| exchange(socket, at, b"first"));
-    let dropped = socket();
-    wait_until("dropped datagrams are counted", TIMEOUT, || {
-        dropped.send_to(b"dropped", at).expect("datagram sent");
-        client.stderr_so_far().contains("(omitted lines: ")
-    });
+    overload_peers(&client, at, socket);
     assert!(client.stderr_so_far().lines().count() < 5, "{}", client.stderr_so_far());
-    let others = [(); 2].map(|()| UdpSocket::bind("127.0.0.2:0").expect("free port"));
-    for socket in others.iter().chain(&sockets) {
+    for socket in [(); 2].map(|()| UdpSocket::bind("127.0.0.2:0").expect("free port")) {
         socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
-        exchange(socket, at, b"has a place");
+        exchange(&socket, at, b"has a place");
     }
 }
 
@@ -246,8 +277,7 @@ fn udp_forward_counts_ipv6_peers_by_prefix() {
     for ip in ["2001:db8::1", "2001:db8::2", "2001:db8::1", "2001:db8::2"] {
         exchange(&socket(ip), at, b"has a place");
     }
-    socket("2001:db8::2").send_to(b"dropped", at).expect("datagram sent");
-    client.stderr(|stderr| stderr.contains("too many peers"));
+    overload_peers(&client, at, || socket("2001:db8::2"));
     exchange(&socket("2001:db8:0:1::1"), at, b"another prefix");
 }
 
