@@ -176,8 +176,10 @@ impl fmt::Display for Addr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.host {
             Host::Ip(ip) => SocketAddr::new(*ip, self.port).fmt(f),
-            Host::Name(name) if name.is_zoned_address() => write!(f, "[{}]:{}", name.as_str(), self.port),
-            Host::Name(name) => write!(f, "{}:{}", name.as_str(), self.port),
+            Host::Name(HostName(name)) if name.contains(':') && !name.starts_with('[') => {
+                write!(f, "[{name}]:{}", self.port)
+            }
+            Host::Name(HostName(name)) => write!(f, "{name}:{}", self.port),
         }
     }
 }

@@ -352,6 +352,10 @@ fn methods_commands_and_addresses_are_displayed_as_text() {
     let shown = [ip("192.0.2.1:80"), ip("[2001:db8::1]:80"), name(b"a.example"), Addr::UNSPECIFIED];
     let texts = ["192.0.2.1:80", "[2001:db8::1]:80", "a.example:443", "0.0.0.0:0"];
     assert_eq!(shown.map(|addr| addr.to_string()), texts);
+    // Addresses that are sent as names.
+    for (sent, text) in [("fe80::1%lo", "[fe80::1%lo]:443"), ("::1", "[::1]:443"), ("[::1]", "[::1]:443")] {
+        assert_eq!(name(sent.as_bytes()).to_string(), text);
+    }
 }
 
 #[test]

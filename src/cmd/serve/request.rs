@@ -60,6 +60,8 @@ impl Value {
         let text = self.text();
         Addr::parse_with_default_port(&text, 0).or_else(|error| match (self.is_quoted, split_host_port(&text)) {
             (true, (host, Some(port))) => {
+                let inner = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+                let host = inner.filter(|inner| inner.contains(':')).unwrap_or(host);
                 let name = HostName::new(host.as_bytes()).map_err(|_| error)?;
                 Ok(Addr { host: Host::Name(name), port: parse_port(port)? })
             }

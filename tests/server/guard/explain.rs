@@ -94,6 +94,20 @@ fn explain_decides_about_the_address_of_a_log_line_without_a_lookup() {
 }
 
 #[test]
+fn explain_decides_like_the_server_about_addresses_that_are_sent_as_names() {
+    let rules = ["--deny", "to=::1", "--deny", "to=.test"];
+    let server = Server::start(&rules);
+    for (name, port) in [("::1", 9), ("[::1]", 9), ("a:b.test", 9)] {
+        assert_eq!(open_by_name(&server, CONNECT, name, port).1, 2, "{name}");
+    }
+    let log = server.wait_log(|log| session_lines(log).len() == 3);
+    for line in session_lines(&log) {
+        let output = explain(&rules, line);
+        assert_eq!(output.status.code(), Some(1), "{line}: {}{}", text(&output.stdout), text(&output.stderr));
+    }
+}
+
+#[test]
 fn explain_of_a_bind_decides_about_address_and_port_of_the_peer_of_the_log_line() {
     let rules = ["--deny", "to=198.51.100.0/24 port=80", "--allow", "port=443", "--deny", ""];
     let rows = [
