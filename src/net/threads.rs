@@ -16,7 +16,7 @@ const IDLE_TIME: Duration = Duration::from_millis(200);
 const NICENESS: i32 = 10;
 
 /// Threads for calls of the system that block. The callers limit their number: lookups, and calls of GSSAPI.
-static BLOCKING_CALLS: ThreadPool<()> = ThreadPool::new("s5-blocking", 512);
+static BLOCKING_CALLS: ThreadPool<()> = ThreadPool::new("s5-blocking", 512, true);
 
 /// Runs a call that blocks on another thread. See [`ThreadPool::run`].
 pub fn unblock<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> impl Future<Output = Option<T>> {
@@ -29,6 +29,7 @@ type Job<S> = Box<dyn FnOnce(&mut S) + Send>;
 pub struct ThreadPool<S: 'static> {
     name: &'static str,
     max_threads: usize,
+    has_low_priority: bool,
     queue: Mutex<Queue<S>>,
     has_job: Condvar,
 }
@@ -42,9 +43,9 @@ struct Queue<S: 'static> {
 
 impl<S: Default> ThreadPool<S> {
     /// `name` is the name of the threads, at most 15 bytes.
-    pub const fn new(name: &'static str, max_threads: usize) -> Self {
+    pub const fn new(name: &'static str, max_threads: usize, has_low_priority: bool) -> Self {
         let queue = Queue { jobs: VecDeque::new(), threads: 0, idle: 0 };
-        Self { name, max_threads, queue: Mutex::new(queue), has_job: Condvar::new() }
+        Self { name, max_threads, has_low_priority, queue: Mutex::new(queue), has_job: Condvar::new() }
     }
 
     /// Returns the result of `call`, which runs on one of the threads; `None` if no thread can be started, or if `call`
@@ -84,7 +85,7 @@ impl<S: Default> ThreadPool<S> {
 
     fn work(&self) {
         // Of this thread alone. Without the permission, it is as it was.
-        let _ = setpriority_process(None, NICENESS);
+        let _ = self.has_low_priority.then(|| setpriority_process(None, NICENESS));
         let mut state = S::default();
         while let Some(job) = self.next() {
             // A panic drops the sender of the job: its caller gets `None`.

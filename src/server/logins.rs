@@ -20,7 +20,7 @@ const HASHES_PER_CLIENT: usize = 2;
 const LARGE_KIB: usize = 64 << 10;
 
 /// Each has the memory of one hash, which is freed when the thread ends.
-static THREADS: LazyLock<ThreadPool<HashMemory>> = LazyLock::new(|| ThreadPool::new("s5-hash", max_threads()));
+static THREADS: LazyLock<ThreadPool<HashMemory>> = LazyLock::new(|| ThreadPool::new("s5-hash", max_threads(), true));
 
 /// At most one thread per core.
 fn max_threads() -> usize {

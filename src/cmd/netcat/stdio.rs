@@ -3,19 +3,22 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::future::poll_fn;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, BufRead as _, Cursor, Read as _, Write as _};
+use std::mem::take;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use futures_lite::future::Boxed;
 use futures_lite::{AsyncRead, AsyncWrite};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
-use smol::Unblock;
 
 use super::descriptor;
-use crate::net::{Interest, Io, RELAY_BUFFER_SIZE, SocketOp, SocketPoll, Stream};
+use crate::net::{Interest, Io, RELAY_BUFFER_SIZE, SocketOp, SocketPoll, Stream, ThreadPool};
+use crate::proto::MAX_UDP6_PAYLOAD;
 
 /// Major number of /dev/null, /dev/zero and /dev/full (Linux, devices.txt).
 const MEMORY_DEVICES_MAJOR: u32 = 1;
@@ -26,43 +29,94 @@ enum StdioEnd {
     /// A regular file, or a device such as /dev/null: always ready.
     File(File),
     /// Any other file, on its own thread: O_NONBLOCK would affect other processes that share the descriptor.
-    Blocking(Unblock<BlockingFile>),
+    Blocking(BlockingFile),
 }
 
-/// A descriptor whose reads and writes block, even if another process has set O_NONBLOCK.
-pub(crate) struct BlockingFile(File);
+/// Two pools: a read that waits must not take the only thread that can be started.
+static STDIN_THREAD: ThreadPool<()> = ThreadPool::new("s5-stdin", 1, false);
+static STDOUT_THREAD: ThreadPool<()> = ThreadPool::new("s5-stdout", 1, false);
+
+/// A descriptor whose reads and writes block, even if another process has set O_NONBLOCK. Each runs on another thread.
+pub(crate) struct BlockingFile {
+    file: Arc<File>,
+    /// Returns the data that was read; `None` if there is no thread.
+    call: Option<Boxed<Option<io::Result<Vec<u8>>>>>,
+    unread: Cursor<Vec<u8>>,
+    /// Set after a read of 0 bytes: the next read of a terminal would wait again.
+    has_ended: bool,
+}
 
 impl BlockingFile {
-    /// Duplicates a descriptor, for a thread with a buffer of `capacity` bytes.
-    pub(crate) fn duplicate(fd: impl AsFd, capacity: usize) -> io::Result<Unblock<Self>> {
-        Ok(Unblock::with_capacity(capacity, Self(fd.as_fd().try_clone_to_owned()?.into())))
+    pub(crate) fn new(file: impl Into<File>) -> Self {
+        Self { file: Arc::new(file.into()), call: None, unread: Cursor::default(), has_ended: false }
     }
 
-    fn retry_when_ready<T>(&self, flags: PollFlags, mut op: impl FnMut(&File) -> io::Result<T>) -> io::Result<T> {
-        loop {
-            match op(&self.0) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    rustix::event::poll(&mut [PollFd::new(&self.0, flags)], None)?;
-                }
-                done => return done,
+    fn poll_call(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Vec<u8>>> {
+        let Some(call) = &mut self.call else { return Poll::Ready(Ok(Vec::new())) };
+        let result = ready!(call.as_mut().poll(cx));
+        self.call = None;
+        let problem = "no thread can be started (raise the limit of processes, ulimit -u)";
+        Poll::Ready(result.unwrap_or_else(|| Err(io::Error::other(problem))))
+    }
+}
+
+/// Calls `op` until the descriptor is ready.
+fn retry_when_ready<T>(file: &File, flags: PollFlags, mut op: impl FnMut(&File) -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match op(file) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                rustix::event::poll(&mut [PollFd::new(file, flags)], None)?;
             }
+            done => return done,
         }
     }
 }
 
-impl io::Read for BlockingFile {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.retry_when_ready(PollFlags::IN, |mut file| file.read(buf))
+impl AsyncRead for BlockingFile {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        if self.unread.fill_buf()?.is_empty() && !self.has_ended {
+            if self.call.is_none() {
+                let (file, mut data) = (self.file.clone(), take(&mut self.unread).into_inner());
+                data.resize(MAX_UDP6_PAYLOAD, 0);
+                self.call = Some(Box::pin(STDIN_THREAD.run(move |()| {
+                    let n = retry_when_ready(&file, PollFlags::IN, |mut file| file.read(&mut data))?;
+                    data.truncate(n);
+                    Ok(data)
+                })));
+            }
+            self.unread = Cursor::new(ready!(self.poll_call(cx))?);
+            self.has_ended = self.unread.get_ref().is_empty();
+        }
+        Poll::Ready(self.unread.read(buf))
     }
 }
 
-impl io::Write for BlockingFile {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.retry_when_ready(PollFlags::OUT, |mut file| file.write(buf))
+/// The flush returns the error of a write.
+impl AsyncWrite for BlockingFile {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.as_mut().poll_flush(cx))?;
+        let buf = buf.get(..RELAY_BUFFER_SIZE).unwrap_or(buf);
+        let (file, mut data) = (self.file.clone(), buf.to_vec());
+        self.call = Some(Box::pin(STDOUT_THREAD.run(move |()| {
+            while !data.is_empty() {
+                match retry_when_ready(&file, PollFlags::OUT, |mut file| file.write(&data))? {
+                    0 => return Err(io::ErrorKind::WriteZero.into()),
+                    n => drop(data.drain(..n)),
+                }
+            }
+            Ok(data)
+        })));
+        // Starts the call.
+        let started = self.poll_call(cx).map_ok(|_| buf.len());
+        if started.is_pending() { Poll::Ready(Ok(buf.len())) } else { started }
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_call(cx).map_ok(drop)
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_flush(cx)
     }
 }
 
@@ -70,7 +124,7 @@ impl StdioEnd {
     /// Wraps a descriptor that other processes may share. On Linux, a pipe is reopened, to not share O_NONBLOCK.
     fn from_shared(fd: OwnedFd, writes: bool) -> Self {
         let file = File::from(fd);
-        let Ok(metadata) = file.metadata() else { return Self::blocking(file) };
+        let Ok(metadata) = file.metadata() else { return Self::Blocking(BlockingFile::new(file)) };
         let kind = metadata.file_type();
         if kind.is_file() || kind.is_char_device() && rustix::fs::major(metadata.rdev()) == MEMORY_DEVICES_MAJOR {
             return Self::File(file);
@@ -85,12 +139,8 @@ impl StdioEnd {
         };
         match kind.is_fifo().then(reopen) {
             Some(Ok(pipe)) => Self::Pipe(pipe),
-            _ => Self::blocking(file),
+            _ => Self::Blocking(BlockingFile::new(file)),
         }
-    }
-
-    fn blocking(file: File) -> Self {
-        Self::Blocking(Unblock::with_capacity(RELAY_BUFFER_SIZE, BlockingFile(file)))
     }
 
     /// Wraps a pipe that no other process shares.

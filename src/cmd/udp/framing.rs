@@ -1,11 +1,11 @@
 //! Framings of datagrams in stdin and stdout: text lines, hexadecimal lines, length prefixes, or one datagram per read.
 
 use std::collections::VecDeque;
-use std::io::{self, Read as _};
+use std::io;
+use std::os::fd::AsFd as _;
 
 use futures_lite::io::BufReader;
 use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
-use smol::Unblock;
 
 use crate::cmd::cli::exit::{CliError, CliResult};
 use crate::cmd::netcat::options::ClientArgs;
@@ -42,12 +42,12 @@ impl Framing {
 
 pub(super) struct DatagramReader {
     framing: Framing,
-    stdin: BufReader<Unblock<BlockingFile>>,
+    stdin: BufReader<BlockingFile>,
 }
 
 impl DatagramReader {
     pub(super) fn new(framing: Framing) -> io::Result<Self> {
-        Ok(Self { framing, stdin: BufReader::new(BlockingFile::duplicate(io::stdin(), MAX_UDP6_PAYLOAD)?) })
+        Ok(Self { framing, stdin: BufReader::new(BlockingFile::new(io::stdin().as_fd().try_clone_to_owned()?)) })
     }
 
     /// Returns the next datagram; `None` at the end of stdin.
@@ -63,18 +63,15 @@ impl DatagramReader {
 }
 
 /// Returns the bytes of one read(2), without a buffer in between.
-async fn read_raw(stdin: &mut Unblock<BlockingFile>) -> io::Result<Option<Vec<u8>>> {
-    let read = |file: &mut BlockingFile| {
-        let mut data = vec![0; MAX_UDP6_PAYLOAD];
-        let n = file.read(&mut data)?;
-        data.truncate(n);
-        Ok(Some(data).filter(|data| !data.is_empty()))
-    };
-    stdin.with_mut(read).await
+async fn read_raw(stdin: &mut BlockingFile) -> io::Result<Option<Vec<u8>>> {
+    let mut data = vec![0; MAX_UDP6_PAYLOAD];
+    let n = stdin.read(&mut data).await?;
+    data.truncate(n);
+    Ok(Some(data).filter(|data| !data.is_empty()))
 }
 
 /// Returns a line without its end, or the first `max` + 2 bytes of a longer line.
-async fn read_line(stdin: &mut BufReader<Unblock<BlockingFile>>, max: usize) -> io::Result<Option<Vec<u8>>> {
+async fn read_line(stdin: &mut BufReader<BlockingFile>, max: usize) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     // `max` bytes, the line end, and one more byte: sending a line that is too long then fails.
     if stdin.take(max as u64 + 2).read_until(b'\n', &mut line).await? == 0 {
@@ -89,7 +86,7 @@ fn decode_hex(digits: &[u8]) -> io::Result<Vec<u8>> {
     hex::decode(digits).map_err(|error| io::Error::other(format!("not hexadecimal: {error}")))
 }
 
-async fn read_length_prefixed(stdin: &mut BufReader<Unblock<BlockingFile>>) -> io::Result<Option<Vec<u8>>> {
+async fn read_length_prefixed(stdin: &mut BufReader<BlockingFile>) -> io::Result<Option<Vec<u8>>> {
     let mut length = [0; 2];
     if stdin.read(&mut length[..1]).await? == 0 {
         return Ok(None);
@@ -110,15 +107,15 @@ async fn read_length_prefixed(stdin: &mut BufReader<Unblock<BlockingFile>>) -> i
 pub(super) struct DatagramWriter {
     framing: Framing,
     /// `None`: answers are discarded.
-    file: Option<Unblock<BlockingFile>>,
+    file: Option<BlockingFile>,
     /// Bytes to write. They survive a `flush` that is cancelled and called again.
     pending: VecDeque<u8>,
 }
 
 impl DatagramWriter {
     pub(super) fn new(framing: Framing, is_enabled: bool) -> io::Result<Self> {
-        let file = is_enabled.then(|| BlockingFile::duplicate(io::stdout(), MAX_UDP6_PAYLOAD)).transpose()?;
-        Ok(Self { framing, file, pending: VecDeque::new() })
+        let stdout = is_enabled.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
+        Ok(Self { framing, file: stdout.map(BlockingFile::new), pending: VecDeque::new() })
     }
 
     pub(super) fn push(&mut self, answer: &[u8]) {
@@ -138,13 +135,9 @@ impl DatagramWriter {
     pub(super) async fn flush(&mut self) -> io::Result<()> {
         let Some(file) = &mut self.file else { return Ok(()) };
         while !self.pending.is_empty() {
-            match file.write(self.pending.as_slices().0).await {
-                Ok(n @ 1..) => drop(self.pending.drain(..n)),
-                // `flush` of the file returns the error.
-                Ok(0) | Err(_) => break,
-            }
+            let n = file.write(self.pending.as_slices().0).await?;
+            self.pending.drain(..n);
         }
-        file.flush().await?;
-        if self.pending.is_empty() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+        file.flush().await
     }
 }

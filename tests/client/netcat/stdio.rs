@@ -5,6 +5,7 @@ use std::thread::sleep;
 
 use s5::net::receive_descriptors;
 
+use crate::prompts::on_a_terminal;
 use crate::*;
 
 /// Starts a target that reads to the end, reports the data to the test, and sends `answer`.
@@ -235,5 +236,44 @@ fn unread_stdout_does_not_delay_exit_at_a_timeout() {
             ended.is_some()
         });
         assert_eq!(ended.and_then(|status| status.code()), Some(status), "{option}");
+    }
+}
+
+#[test]
+fn one_end_of_file_of_a_terminal_ends_stdin() {
+    if !is_installed("script") {
+        return;
+    }
+    let (echo, udp_echo) = (echo_server(), udp_echo_server(V4));
+    for (mode, target) in [("connect", echo), ("connect -C", echo), ("udp", udp_echo), ("udp --raw", udp_echo)] {
+        let args = format!("{mode} --direct {target}");
+        let dir = temp_dir();
+        let mut terminal =
+            RunningProgram::start(&mut on_a_terminal(dir.path(), &format!("stty -echo; exec $S5 {args}")));
+        terminal.write(b"line\n");
+        terminal.stdout(|shown| text(shown).contains("line"));
+        // Ctrl-D
+        terminal.write(b"\x04");
+        let (status, shown, _) = terminal.wait_exit(TIMEOUT);
+        assert_eq!(status.code(), Some(0), "{args}: {}", text(&shown));
+    }
+}
+
+#[test]
+fn stdin_and_stdout_without_a_thread_are_an_error() {
+    let target = tcp_server(V4, |mut stream| drop(stream.write_all(b"hello")));
+    for (args, status, operation) in [
+        ("udp --direct 127.0.0.1:9".into(), 26, "read from stdin"),
+        (format!("connect --direct {target}"), 23, "write to stdout"),
+    ] {
+        let (stdout, _test_end) = UnixStream::pair().expect("socket pair created");
+        let mut command = command(&args);
+        // No thread can have a stack of this size.
+        command.env("RUST_MIN_STACK", (1_u64 << 60).to_string());
+        let mut client = RunningProgram::start_with(&mut command, OwnedFd::from(stdout).into(), |_| false);
+        let (ended, _, stderr) = client.wait_exit(TIMEOUT);
+        assert_eq!(ended.code(), Some(status), "{stderr}");
+        let reason = format!("{operation}: no thread can be started (raise the limit of processes, ulimit -u)\n");
+        assert!(stderr.ends_with(&reason), "{stderr}");
     }
 }
