@@ -55,7 +55,10 @@ async fn relay_stdio(transfer: &Transfer<'_>, framing: Framing) -> CliResult {
         // Answers that have already arrived are written even after an error.
         _ => answers.receive_ready().await?,
     }
-    ended?;
+    // The proxy may end the association right after the last answer.
+    if answers.missing > 0 || ended.as_ref().is_err_and(|error| error.status != ExitStatus::RECEIVE_ERROR) {
+        ended?;
+    }
     if args.count.is_some() && answers.missing > 0 {
         let received = expected - answers.missing;
         let relay = transfer.association.relay_elsewhere().filter(|_| received == 0);

@@ -52,6 +52,15 @@ fn udp_count_exits_after_n_answers_and_fails_if_answers_are_missing() {
 }
 
 #[test]
+fn udp_count_succeeds_if_the_proxy_ends_the_association_after_the_last_answer() {
+    let answer = "00 00 00 01 c0 00 02 07 00 07 \"hi\"";
+    for _ in 0..10 {
+        let proxy = ScriptedServer::start(&reply(&format!("05 00 00 {{relay}}; udp> {answer}; udp< {answer}")));
+        assert_eq!(outcome(&format!("udp -n 1 -w 5 -x {} 192.0.2.7:7", proxy.addr), b"hi\n"), success("hi\n"));
+    }
+}
+
+#[test]
 fn udp_idle_timeout_exits_with_28() {
     let ((_server, proxy), echo) = (serve(), udp_echo_server(V4));
     let mut client = start(&format!("udp -i 400ms -x {proxy} {echo}"));
@@ -88,7 +97,7 @@ fn udp_source_option_sets_the_address_of_datagrams() {
 fn udp_z_reports_whether_association_succeeds() {
     let (_server, proxy) = serve();
     assert_eq!(outcome(&format!("udp -z -x {proxy}"), b""), success(""));
-    let proxy = crate::support::scripted::ScriptedServer::start(&crate::support::scripted::reply("05 07 00 01 00*6"));
+    let proxy = ScriptedServer::start(&reply("05 07 00 01 00*6"));
     assert_eq!(outcome(&format!("udp -z -x {}", proxy.addr), b""), failure(107, ""));
 }
 
