@@ -17,10 +17,14 @@ const LOOPBACK_MTU: u32 = 65_536;
 
 /// Returns the local address, with port 0, at which `peer` can reach the listener of BIND: the one on the route to it.
 /// The session's client has connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that
-/// family: one on this host if the client is, else the default route leads to it.
+/// family: one on this host if the client is, else the default route leads to it. If this host does not have that family,
+/// the peer has the family of the client.
 pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: SocketAddr) -> io::Result<SocketAddr> {
-    let loopback: IpAddr = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
-    let control = with_port(control.unwrap_or(SocketAddr::new(loopback, 0)), 0);
+    let (v4, v6): (IpAddr, IpAddr) = (Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into());
+    let (loopback, other) = if peer.is_ipv4() { (v4, v6) } else { (v6, v4) };
+    let is_missing = |ip| peer.ip().is_unspecified() && route_source(SocketAddr::new(ip, 0)).is_err();
+    let of_unix = || SocketAddr::new(if is_missing(loopback) { other } else { loopback }, 0);
+    let control = with_port(control.unwrap_or_else(of_unix), 0);
     let is_same_family = control.is_ipv4() == peer.is_ipv4();
     let is_client_local = control.ip().is_loopback();
     let mut target = peer;
@@ -35,7 +39,7 @@ pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: SocketAddr) -> i
         return Ok(control);
     }
     // Without a route, the peer may still be on the client's side. Any peer may have the family of the client.
-    let is_usable = (is_same_family || peer.ip().is_unspecified()) && !is_client_local;
+    let is_usable = is_same_family && !is_client_local || peer.ip().is_unspecified();
     route_source(target).or_else(|error| if is_usable { Ok(control) } else { Err(error) })
 }
 

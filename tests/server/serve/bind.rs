@@ -117,6 +117,29 @@ fn bind_accepts_all_addresses_of_a_name() {
 }
 
 #[test]
+fn bind_for_any_peer_of_a_family_that_the_host_lacks_uses_the_family_of_the_client() {
+    enter_namespace!("", "");
+    let dir = temp_dir();
+    let unix = dir.path().join("socket");
+    let remove = |ip: &str| run(Command::new("ip").args(["addr", "del", ip, "dev", "lo"]), b"", TIMEOUT);
+    let add = |ip: &str| run(Command::new("ip").args(["addr", "add", ip, "dev", "lo", "nodad"]), b"", TIMEOUT);
+    for (missing, listen, dst) in [("::1/128", "127.0.0.1:0", "[::]:0"), ("127.0.0.1/8", "[::1]:0", "0.0.0.0:0")] {
+        assert!(remove(missing).status.success());
+        let server = serve(listen, 2, &["--listen", &format!("unix:{}", unix.display())]);
+        let (mut client, bnd) = bind(&server, dst);
+        assert_eq!(bnd.ip(), addr(listen).ip());
+        assert_relayed(&mut client, &mut connect_peer(bnd.ip(), bnd));
+        let mut client = UnixStream::connect(&unix).expect("the server accepts");
+        client.write_all(&[&[5, 1, 0][..], &request(BIND, addr(dst))].concat()).expect("request sent");
+        let mut replies = [0; 6];
+        client.read_exact(&mut replies).expect("a reply");
+        assert_eq!(replies[..4], [5, 0, 5, 0], "{dst}");
+        assert_eq!(replies[5] == 1, bnd.is_ipv4(), "{dst}");
+        assert!(add(missing).status.success());
+    }
+}
+
+#[test]
 fn bind_timeout_is_not_extended_by_unexpected_peers() {
     let server = Server::start(&["--bind-timeout", "300ms"]);
     let started = Instant::now();
