@@ -34,7 +34,8 @@ const GRACEFUL_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_DISCARDED: usize = 1 << 20;
 /// Buffer size for reads of a message, in bytes.
 const READ_LEN: usize = 1024;
-/// Time to go on connecting after the client has shut down its write side: it may still want to receive.
+/// Time to go on connecting, or waiting for the peer of BIND, after the client has shut down its write side: it may
+/// still want to receive.
 pub const HALF_CLOSED_GRACE: Duration = Duration::from_secs(2);
 /// Interval of checks whether the peer has closed a connection with unread data.
 const CLOSE_POLL_INTERVAL: Duration = Duration::from_secs(1);

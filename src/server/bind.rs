@@ -17,7 +17,7 @@ use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::{Session, denied_by_reload, unless};
 use crate::client::Client;
-use crate::conn::{Conn, to_canonical_addr};
+use crate::conn::{Conn, HALF_CLOSED_GRACE, to_canonical_addr};
 use crate::net::{
     ACCEPT_RETRY_DELAY, DialError, Interest, Io, LocalAddr, accept, parse_literal, set_outbound_options, sleep,
     timeout_at, unspecified, with_scope,
@@ -111,11 +111,17 @@ impl Session {
         route.ok_or_else(unknown)
     }
 
-    /// Waits for `accept`. Fails at the timeout of BIND, if the client disconnects, or if a reloaded policy denies it.
+    /// Waits for `accept`. Fails at the timeout of BIND, if the client disconnects, or if a reloaded policy denies it. A
+    /// client that may only have shut down its write side gets the second reply (RFC 1928 section 6).
     async fn wait_for_peer<T>(&self, accept: impl Future<Output = SessionResult<T>>) -> SessionResult<T> {
         let disconnected = async {
             self.conn.wait_peer_closed().await;
-            SessionError::silent("client disconnected before the peer connected")
+            let reason = "client disconnected before the peer connected";
+            if self.conn.is_reset() {
+                return SessionError::silent(reason);
+            }
+            sleep(HALF_CLOSED_GRACE).await;
+            SessionError::with_rep(Rep::TTL_EXPIRED, reason)
         };
         let cancelled = disconnected.or(denied_by_reload(self.server(), &self.log));
         let timeout = self.server().options.bind_timeout;

@@ -160,6 +160,27 @@ fn refuses_unexpected_peer(bnd: SocketAddr) -> bool {
 }
 
 #[test]
+fn bind_accepts_a_peer_of_a_client_that_has_half_closed() {
+    let hop = Server::start(&[]);
+    for args in [&[][..], &["--via", &hop.addr().to_string()]] {
+        let server = Server::start(args);
+        // A stall of the machine can be longer than the two seconds that a peer has.
+        let is_accepted = (0..5).any(|_| {
+            let (mut client, bnd) = bind(&server, "0.0.0.0:0");
+            client.shutdown(Shutdown::Write).expect("half-closed");
+            thread::sleep(Duration::from_millis(50));
+            let sent = TcpStream::connect(bnd).and_then(|mut peer| peer.write_all(b"answer"));
+            let mut answer = Vec::new();
+            sent.is_ok()
+                && read_reply(&mut client).0 == 0
+                && client.read_to_end(&mut answer).is_ok()
+                && answer == b"answer"
+        });
+        assert!(is_accepted, "{args:?}: {}", server.log());
+    }
+}
+
+#[test]
 fn bind_forwards_a_reset_of_the_peer() {
     let server = Server::start(&[]);
     let (mut client, bnd) = bind(&server, ANY_PEER);
