@@ -84,9 +84,9 @@ impl Reassembler {
         }
     }
 
-    /// Returns how many fragmented datagrams were lost, including one in the queue that has expired at `now`.
-    pub fn lost_count(&self, now: Instant) -> u64 {
-        self.lost_count + u64::from(self.deadline().is_some_and(|deadline| now >= deadline))
+    /// Returns how many fragmented datagrams are lost at the end, when no further fragment can complete the one in the queue.
+    pub fn lost_count(&self) -> u64 {
+        self.lost_count + u64::from(self.sequence.is_some())
     }
 
     /// Returns the number of losses since the last call.

@@ -121,7 +121,7 @@ impl Association {
     }
 
     pub(crate) fn losses(&self) -> LossCounts {
-        let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().lost_count(Instant::now())).sum();
+        let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().lost_count()).sum();
         let sockets = (0..).map_while(|i| self.socket.get(i));
         let overflowed = sockets.filter_map(|(_, socket)| kernel_drops(&socket)).sum();
         LossCounts { incomplete, invalid: self.invalid.get(), foreign: self.foreign.get(), overflowed }
