@@ -104,12 +104,11 @@ impl Policy {
 
 /// Returns whether a request that `rule` allows can reach its target by this route. A target that is not known can.
 pub fn is_reachable(request: &AccessRequest<'_>, rule: &Rule, route: Route) -> bool {
-    let Some(ip) = request.target_ip else { return true };
-    let has_port = request.target_port != Some(0);
+    let (has_port, is_unicast) = (request.target_port != Some(0), request.target_ip.is_none_or(is_unicast));
     match request.command {
-        Some(Command::Connect) => route.hop.is_some() || has_port && is_unicast(ip),
+        Some(Command::Connect) => route.hop.is_some() || has_port && is_unicast,
         // Multicast and broadcast are possible if a rule names them.
-        Some(Command::UdpAssociate) => has_port && (is_unicast(ip) || rule.has_to_condition()),
+        Some(Command::UdpAssociate) => has_port && (is_unicast || rule.has_to_condition()),
         Some(Command::Bind) | None => true,
     }
 }

@@ -28,6 +28,8 @@ pub(super) struct ExplainedRequest {
     level: ProtectionLevel,
     command: Command,
     pub(super) to: Option<Addr>,
+    /// The port of `to` is known, also if it is 0. Port 0 of BIND stands for any port.
+    has_port: bool,
     /// The address of the target that a log line has. Its port counts if that of the target is 0.
     pub(super) addr: Option<SocketAddr>,
 }
@@ -87,29 +89,34 @@ impl ExplainedRequest {
             Some(_) => Method::PASSWORD,
         };
         let addr = addr.map(|addr| addr.socket_addr("addr")).transpose()?;
+        let has_port = port.is_some() || to.as_ref().is_some_and(|to| split_host_port(&to.text()).1.is_some());
         let mut to = to.map(|to| to.addr()).transpose()?.or(addr.map(Addr::from));
         if let (Some(to), Some(port)) = (&mut to, port.map(text)) {
             to.port = parse_port(&port)?;
         }
+        let command = command.map(text).map_or(Ok(Command::Connect), |text| text.parse())?;
         Ok(Self {
             from: from.map_or(Ok(LOOPBACK), |from| from.socket_addr("from"))?.ip(),
             user,
             method: method.map(text).map_or(Ok(default_method), |text| text.parse())?,
             level: level.map(text).map_or(Ok(ProtectionLevel::None), |text| text.parse())?,
-            command: command.map(text).map_or(Ok(Command::Connect), |text| text.parse())?,
+            command,
             to,
+            has_port: has_port && command != Command::Bind,
             addr,
         })
     }
 
     pub(super) fn request(&self) -> AccessRequest<'_> {
-        let ports = [self.target().map(|to| to.port), self.addr.map(|addr| addr.port())];
+        let port = self.target().map(|to| to.port);
+        let ports = [port, self.addr.map(|addr| addr.port())];
+        let first_known = ports.into_iter().flatten().find(|port| *port != 0);
         let identity = Identity { method: self.method, user: self.user.as_deref(), level: self.level };
         AccessRequest {
             client_ip: Some(self.from),
             identity: Some(identity),
             command: Some(self.command),
-            target_port: ports.into_iter().flatten().find(|port| *port != 0),
+            target_port: port.filter(|_| self.has_port).or(first_known),
             ..AccessRequest::default()
         }
     }
@@ -134,6 +141,7 @@ impl fmt::Display for ExplainedRequest {
         self.user.as_ref().map_or(Ok(()), |user| write!(f, "user={} ", percent_encode(user, ESCAPED)))?;
         write!(f, "method={} protection={} command={}", self.method, self.level, self.command)?;
         match &self.to {
+            Some(to) if self.has_port => write!(f, " to={to}")?,
             Some(Addr { host: Host::Name(name), port: 0 }) => write!(f, " to={}", name.as_str())?,
             Some(Addr { host: Host::Ip(ip), port: 0 }) => write!(f, " to={ip}")?,
             Some(to) => write!(f, " to={to}")?,

@@ -18,7 +18,7 @@ const LOG_LINES: [(&str, &str); 11] = [
     (
         "Nov 26 21:17:50 host s5[71]: <6>level=info msg=session id=7 from=[2001:db8::7]:50000 user=\"alice\" \
          method=password command=udp to=\"0.0.0.0:0\" addr=- via=\"far \\\"away\\\"\" bnd=127.0.0.1:9 rep=0 x=new",
-        "from=2001:db8::7 user=alice method=password protection=none command=udp to=0.0.0.0",
+        "from=2001:db8::7 user=alice method=password protection=none command=udp to=0.0.0.0:0",
     ),
     (
         "msg=datagram id=7 from=192.0.2.7:50000 user=\"alice\" command=udp addr=[2001:db8::1]:53",
@@ -141,6 +141,31 @@ fn explain_of_a_bind_or_udp_request_allows_it_before_the_address_is_known() {
     }
     let incomplete = explain(&[], "command=udp to=192.0.2.1");
     assert_eq!(text(&incomplete.stderr), "s5: --explain: to=192.0.2.1 has no port (write to=HOST:PORT)\n");
+}
+
+#[test]
+fn explain_decides_about_port_0_of_a_log_line() {
+    let server = Server::start(&["--deny", "port=25", "-v"]);
+    for (name, port) in [("127.0.0.1", 0), ("localhost", 0)] {
+        assert_eq!(open_by_name(&server, CONNECT, name, port).1, 3, "{name}");
+    }
+    let association = super::tools::associate_anonymously(&server);
+    association.send(addr("127.0.0.1:0"), b"dropped");
+    let log = server.wait_log(|log| session_lines(log).len() == 2 && !steps(log, "drop").is_empty());
+    for line in session_lines(&log).into_iter().chain(steps(&log, "drop")) {
+        let output = explain(&["--deny", "port=25"], &format!("msg=x {line}"));
+        let shown = text(&output.stdout);
+        assert!(
+            shown.contains(":0\n") && shown.ends_with(": not a unicast address, or port 0\ndeny\n"),
+            "{line}: {shown}"
+        );
+        assert_eq!(output.status.code(), Some(1), "{line}: {}", text(&output.stderr));
+        let again = shown.lines().next().and_then(|line| line.strip_prefix("request ")).expect("the request");
+        assert_eq!(text(&explain(&["--deny", "port=25"], again).stdout), shown);
+    }
+    // A hop may accept it.
+    let hop = ["--via", "192.0.2.1", "--explain", "to=127.0.0.1:0"];
+    assert!(run(s5().arg("serve").args(hop), b"", TIMEOUT).status.success());
 }
 
 #[test]
