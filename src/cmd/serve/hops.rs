@@ -41,8 +41,6 @@ impl HopSources {
             sources.add(name, url)?;
         }
         via.map_or(Ok(()), |url| sources.add(VIA_HOP_NAME, url))?;
-        let has_unused_file = sources.login_file.is_some() && sources.hops.is_empty();
-        CliError::usage_if(has_unused_file, "--proxy-auth-file requires --via or --hop")?;
         let is_lost = is_successor() && sources.login_file.as_deref().is_some_and(is_stream);
         CliError::usage_if(is_lost, "--proxy-auth-file: a restart cannot read stdin or a descriptor (use a file)")?;
         Ok(sources)

@@ -105,6 +105,16 @@ impl PolicySources {
         if more > 0 {
             log::warn!("{more} more entries of user= never match");
         }
+        let unmatched = policy.rules.first_user_rules().filter(|rule| !rule.matches_any(&self.methods));
+        for rule in unmatched.take(MAX_WARNINGS) {
+            log::warn!("{}: never matches: no login has its method= or protection= (see --auth)", rule.origin());
+        }
+        for (hop, name) in self.hops.names().iter().enumerate() {
+            let is_selected = policy.rules.first_user_rules().any(|rule| rule.hop() == Some(hop));
+            if !is_selected && self.default_route.hop != Some(hop) {
+                log::warn!("--hop {name}: no rule selects it (add an allow rule with via={name})");
+            }
+        }
     }
 
     fn parse_rule_options(&self) -> CliResult<Vec<Rule>> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::conditions::{Conditions, UserPattern};
 use crate::policy::index::{to_index, to_u32};
+use crate::proto::{Method, ProtectionLevel};
 
 /// Maximum length of a rule in messages, in bytes: a rule can have a list of many thousand targets.
 const MAX_SHOWN: usize = 500;
@@ -88,6 +89,19 @@ impl Rule {
 
     pub(crate) fn users(&self) -> &[UserPattern] {
         &self.conditions.users
+    }
+
+    /// Returns the hop of `via=`.
+    pub fn hop(&self) -> Option<usize> {
+        self.conditions.via.flatten()
+    }
+
+    /// Returns whether a login with one of these methods can match.
+    pub fn matches_any(&self, accepted: &[Method]) -> bool {
+        let Conditions { methods, levels, .. } = &*self.conditions;
+        let has_none = levels.is_empty() || levels.contains(&ProtectionLevel::None);
+        let mut possible = accepted.iter().filter(|method| methods.is_empty() || methods.contains(method));
+        possible.any(|method| has_none || *method == Method::GSSAPI)
     }
 
     /// Returns the addresses of `outbound=`.

@@ -253,6 +253,33 @@ fn user_that_cannot_log_in_is_a_warning() {
 }
 
 #[test]
+fn option_or_rule_without_effect_is_an_error_or_a_warning() {
+    let (user, hop) = ("--max-per-user and --rate-per-user require logins", "--hop-udp-relay require --via or --hop");
+    let table = [("--max-per-user 5", user), ("--rate-per-user 5", user), ("--hop-auth none", hop)];
+    for (args, error) in table.into_iter().chain([("--hop-udp-relay proxy", hop)]) {
+        let args: Vec<&str> = args.split(' ').chain(["--check"]).collect();
+        assert_fails_with(&serve(&args), 2, &[error]);
+    }
+    let warnings = |args: &str| {
+        let args: Vec<&str> = args.split(", ").chain(["--show-rules"]).collect();
+        text(&serve(&args).stderr)
+    };
+    let unused = "--hop a: no rule selects it (add an allow rule with via=a)\n";
+    assert!(warnings("--hop, a=192.0.2.1").ends_with(unused));
+    assert_eq!(warnings("--hop, a=192.0.2.1, --via, 192.0.2.2, --allow, port=80 via=a"), "");
+    for condition in
+        ["method=gssapi,password", "protection=integrity,confidentiality", "method=none protection=integrity"]
+    {
+        let log = warnings(&format!("--deny, {condition}"));
+        assert!(
+            log.ends_with("--deny: never matches: no login has its method= or protection= (see --auth)\n"),
+            "{log}"
+        );
+    }
+    assert_eq!(warnings("--deny, method=none,gssapi port=1, --deny, protection=none,integrity port=2"), "");
+}
+
+#[test]
 fn reload_warns_about_users_that_cannot_log_in() {
     let setup = Setup::start(alice_and_bob(), "deny user=bob@corp port=1\n", &[]);
     assert!(!setup.server.log().contains("never matches"));

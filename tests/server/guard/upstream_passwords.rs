@@ -141,7 +141,11 @@ fn start_fails_without_a_valid_password_for_each_user_of_a_hop() {
         (&["--via", "192.0.2.1"], &[("S5_PROXY_AUTH", &long)], &["s5: --via: proxy 192.0.2.1:1080: ", "255"]),
         (&["--via", "192.0.2.1", "--proxy-auth-file", &broken], &[], &["--proxy-auth-file", &broken, "line 2"]),
         (&["--via", "192.0.2.1", "--proxy-auth-file", &missing], &[], &["--proxy-auth-file", &missing]),
-        (&["--proxy-auth-file", &file], &[], &["--proxy-auth-file requires --via or --hop"]),
+        (
+            &["--proxy-auth-file", &file],
+            &[],
+            &["--proxy-auth-file, --hop-auth and --hop-udp-relay require --via or --hop"],
+        ),
     ];
     for (args, variables, words) in rows {
         let mut command = s5();
