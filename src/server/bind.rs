@@ -19,8 +19,8 @@ use super::state::{Session, denied_by_reload, unless};
 use crate::client::Client;
 use crate::conn::{Conn, HALF_CLOSED_GRACE, to_canonical_addr};
 use crate::net::{
-    ACCEPT_RETRY_DELAY, DialError, Interest, Io, LocalAddr, accept, parse_literal, set_outbound_options, sleep,
-    timeout_at, unspecified, with_scope,
+    ACCEPT_RETRY_DELAY, DialError, Interest, Io, LocalAddr, Stream as _, accept, parse_literal, set_outbound_options,
+    sleep, timeout_at, unspecified, with_scope,
 };
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Command, Host, PortRange, Rep};
@@ -90,7 +90,8 @@ async fn bind_via_hop(
     session.log_route(route, Some(&proxy), conn.local_addr());
     session.reply_success(proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn, false).await.map_err(SessionError::from_upstream) };
-    let peer = session.wait_for_peer(accepted).await?;
+    // The hop frees the port at once after a reset, and later after an orderly close.
+    let peer = session.wait_for_peer(accepted).await.inspect_err(|_| conn.abort())?;
     let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("the peer's address is a name")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
     session.log.set_addr(addr);

@@ -75,7 +75,7 @@ fn bind_listens_on_the_port_of_dst_if_any_peer_may_connect() {
     let hop = Server::start(&["--via", &server.addr().to_string()]);
     let ranges = Server::start(&["--bind-ports", "20000-20003"]);
     // The rule does not apply: the port is not that of a target.
-    let rules = Server::start(&["--deny", "port=20000"]);
+    let rules = Server::start(&["--deny", "port=21000"]);
     let table = [
         (&server, "0.0.0.0:24242", true),
         (&server, "[::]:1024", true),
@@ -84,7 +84,7 @@ fn bind_listens_on_the_port_of_dst_if_any_peer_may_connect() {
         (&hop, "0.0.0.0:24242", true),
         (&ranges, "0.0.0.0:20002", true),
         (&ranges, "0.0.0.0:20004", false),
-        (&rules, "0.0.0.0:20000", true),
+        (&rules, "0.0.0.0:21000", true),
     ];
     for (server, dst, is_granted) in table {
         let (mut client, bnd) = bind(server, dst);
