@@ -79,6 +79,7 @@ pub use startup::{ServerError, add_own_addrs, check};
 use startup::{check_open_relay, check_outbound, ipv6_only, open_listeners, open_metrics, prepare};
 use state::Server;
 use terminal::Terminal;
+pub use terminal::is_ignored;
 use worker::{Worker, WorkerPool, WorkerReport};
 
 /// Descriptors of each process: standard streams, signals, timers, logs and the restart helper.

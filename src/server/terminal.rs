@@ -3,11 +3,9 @@
 
 use std::fs;
 
+use async_signal::Signal;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{self, Errno};
-
-/// SIGHUP in the masks of proc_pid_status(5), where signal N is bit N - 1.
-const SIGHUP_BIT: u64 = 1;
 
 pub(super) struct Terminal {
     /// Set if the server ends with its terminal.
@@ -18,7 +16,7 @@ impl Terminal {
     /// Call it before SIGHUP is handled: a server that was started with SIGHUP ignored, as by nohup(1), outlives its
     /// terminal.
     pub(super) fn at_start() -> Self {
-        Self { is_bound: open_terminal().is_ok() && !is_hangup_ignored() }
+        Self { is_bound: open_terminal().is_ok() && !is_ignored(Signal::Hup) }
     }
 
     /// Returns true if the server had a controlling terminal at its start, and has lost it.
@@ -32,9 +30,11 @@ fn open_terminal() -> io::Result<()> {
     open("/dev/tty", OFlags::RDONLY | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).map(drop)
 }
 
-fn is_hangup_ignored() -> bool {
+/// Returns true if the process ignores a signal, as nohup(1) or a shell has set. Call it before the signal is handled.
+pub fn is_ignored(signal: Signal) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.is_some_and(|mask| mask & SIGHUP_BIT != 0)
+    // See proc_pid_status(5): signal N is bit N - 1.
+    mask.is_some_and(|mask| mask >> (signal as i32 - 1) & 1 == 1)
 }

@@ -19,6 +19,7 @@ use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use crate::gssapi::Initiator;
 use crate::net::{LocalAddr, reactor, sleep, sleep_until};
 use crate::proto::{Addr, Command, Method};
+use crate::server::is_ignored;
 
 /// Default for `-w`: the time limit of a handshake. A proxy that connects through other proxies may be slow.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -147,15 +148,16 @@ impl Connector {
         async { Ok(future.await) }.or(async { Err(*self.cut.wait().await) }).await
     }
 
-    /// Waits for the end of `--max-time`, or with `--json` for SIGTERM or SIGINT.
+    /// Waits for the end of `--max-time`, or with `--json` for SIGTERM or SIGINT, unless s5 was started with it ignored.
     async fn next_cut(&self) -> Cut {
         let timed_out = async {
             let Some((deadline, limit)) = self.deadline else { return pending().await };
             sleep_until(deadline).await;
             Cut::TimedOut(limit)
         };
+        let watched = [Signal::Term, Signal::Int].into_iter().filter(|signal| !is_ignored(*signal));
         if self.args.json.is_some()
-            && let Ok(mut signals) = Signals::new([Signal::Term, Signal::Int])
+            && let Ok(mut signals) = Signals::new(watched)
         {
             let signalled = async {
                 let Some(Ok(signal)) = signals.next().await else { return pending().await };

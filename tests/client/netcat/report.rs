@@ -213,6 +213,20 @@ fn send(signal: &str, client: &RunningProgram) {
 }
 
 #[test]
+fn client_that_was_started_with_signals_ignored_outlives_them() {
+    let script = format!("trap '' INT TERM; exec \"$0\" connect --json --direct {}", echo_server());
+    let mut client = RunningProgram::start(Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_s5")]));
+    client.write(b"1");
+    client.stdout(|stdout| stdout == b"1");
+    ["INT", "TERM"].iter().for_each(|signal| send(signal, &client));
+    client.write(b"2");
+    client.stdout(|stdout| stdout == b"12");
+    client.close_stdin();
+    let (status, _, stderr) = client.wait_exit(TIMEOUT);
+    assert!(status.success() && eval_json(&stderr, "o['up'], o['status'], o['error']") == "(2, 0, None)", "{stderr}");
+}
+
+#[test]
 fn signal_ends_the_client_after_the_object_of_each_session() {
     let (echo, udp_echo) = (echo_server(), udp_echo_server(V4));
     for (signal, number) in [("TERM", 15), ("INT", 2)] {
