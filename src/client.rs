@@ -67,7 +67,7 @@ impl ClientOptions {
 pub struct Client {
     hops: Vec<Proxy>,
     dst: Addr,
-    deadline: Option<(Instant, Duration)>,
+    pub(crate) deadline: Option<(Instant, Duration)>,
     options: Arc<ClientOptions>,
     progress: Cell<Progress>,
 }
@@ -365,7 +365,7 @@ impl Client {
         }
     }
 
-    fn enter_phase(&self, phase: Phase) {
+    pub(crate) fn enter_phase(&self, phase: Phase) {
         self.enter_phase_at(self.progress().hop, phase);
     }
 

@@ -15,12 +15,12 @@ use super::netcat::options::ClientArgs;
 use super::netcat::report::{JsonOutput, SessionReport};
 use super::netcat::target::expected_peer;
 use super::netcat::tunnel;
-use crate::client::Client;
+use crate::client::{Client, Phase};
 use crate::conn::Conn;
 use crate::net::sleep;
 use crate::proto::{Addr, Command, Host};
 
-/// Time limit for writing the bound address to a named pipe that has no reader yet.
+/// Time limit for writing the bound address to a named pipe that has no reader yet. `-w` may be shorter.
 const FIFO_WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 const FIFO_RETRY_PAUSE: Duration = Duration::from_millis(50);
 
@@ -89,25 +89,29 @@ async fn accept_peer(
     bound: &Addr,
     output: Option<AddrOutput>,
 ) -> CliResult<Addr> {
+    client.enter_phase(Phase::Accept);
     connector.print_line(&format!("bound {bound}"));
+    let has_deadline = connector.args.connect_timeout().is_some();
     if let Some(mut output) = output {
-        let line = format!("{bound}\n");
-        let deadline = Instant::now() + FIFO_WRITE_TIMEOUT;
-        let written = loop {
-            match output.write(&line) {
-                // A named pipe that has no reader yet.
-                Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) && Instant::now() < deadline => {
-                    sleep(FIFO_RETRY_PAUSE).await;
+        let name = connector.args.address_file.as_deref().unwrap_or_default();
+        let error = |status, reason: &str| Err(CliError::new(status, format!("--address-file {name}: {reason}")));
+        let own = (Instant::now() + FIFO_WRITE_TIMEOUT, FIFO_WRITE_TIMEOUT);
+        let (deadline, limit) = client.deadline.filter(|_| has_deadline).map_or(own, |given| given.min(own));
+        while let Err(cause) = output.write(&format!("{bound}\n")) {
+            match cause.raw_os_error() == Some(Errno::NXIO.raw_os_error()) {
+                false => return error(ExitStatus::WRITE_STDOUT, &cause.to_string()),
+                true if Instant::now() < deadline => sleep(FIFO_RETRY_PAUSE).await,
+                true => {
+                    let reason = format!("no reader has opened the pipe within {limit:?}");
+                    return error(ExitStatus::TIMED_OUT, &reason);
                 }
-                written => break written,
             }
-        };
-        written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--address-file: {error}")))?;
+        }
     }
     let is_any = |dst: &&Addr| matches!(dst.host, Host::Ip(ip) if ip.is_unspecified());
     let expected = connector.dst().filter(|dst| !is_any(dst)).map_or("any peer".into(), ToString::to_string);
     connector.print_verbose(&format!("waiting for a connection from {expected}"));
-    let peer = client.wait_for_peer(tunnel, connector.args.connect_timeout().is_some()).await?;
+    let peer = client.wait_for_peer(tunnel, has_deadline).await?;
     connector.print_line(&format!("accepted {peer}"));
     Ok(peer)
 }

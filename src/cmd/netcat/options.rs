@@ -236,7 +236,7 @@ pub struct ClientArgs {
     pub(crate) max_peers: usize,
 
     /// write the bound address to FILE or fd:N. s5 removes an existing file at its start, and writes the new file
-    /// atomically. FILE may be a named pipe, whose reader must open it within 60s. s5 closes a descriptor after the
+    /// atomically. FILE may be a named pipe, whose reader must open it within the time of -w, at most 60s. s5 closes a descriptor after the
     /// write.
     #[argh(option, arg_name = "FILE")]
     pub(crate) address_file: Option<String>,

@@ -67,6 +67,19 @@ fn address_file_named_pipe_gets_the_address() {
 }
 
 #[test]
+fn address_file_named_pipe_without_reader_is_named_as_the_cause() {
+    let ((_server, proxy), dir) = (serve(), temp_dir());
+    let path = dir.path().join("fifo").display().to_string();
+    assert!(Command::new("mkfifo").arg(&path).status().expect("mkfifo runs").success());
+    let args = format!("bind -x {proxy} --address-file {path}");
+    let (status, _, stderr) = outcome(&format!("{args} -w 1s"), b"");
+    let message = format!("s5: --address-file {path}: no reader has opened the pipe within 1s\n");
+    assert_eq!((status, stderr.ends_with(&message)), (Some(28), true), "{stderr}");
+    let (status, _, stderr) = outcome(&format!("{args} --json -m 1s"), b"");
+    assert_eq!((status, stderr.contains("\"phase\":\"accept\"")), (Some(28), true), "{stderr}");
+}
+
+#[test]
 fn address_file_fails_at_once_if_the_file_cannot_be_written() {
     let (_server, proxy) = serve();
     for (to, expected) in [("/nonexistent/address", 23), ("fd:77", 2), ("fd:x", 2), ("fd:1", 2)] {
