@@ -19,7 +19,7 @@ pub use datagrams::{DATAGRAM_BUFFER_SIZE, retry_refused};
 pub use descriptors::{MAX_DESCRIPTORS, receive_descriptors, send_descriptors, take_descriptor};
 pub use dial::{
     DialError, DialLimits, LimitGuard, LocalAddr, SHORT_KEEPALIVE_TIME, Unlimited, bind_error, connect_unix, dial,
-    set_keepalive, set_reset_after_delivery, set_tcp_options, shorten_keepalive, unspecified, with_scope,
+    send_queue, set_keepalive, set_reset_after_delivery, set_tcp_options, shorten_keepalive, unspecified, with_scope,
 };
 pub use outbound::{OutboundOptions, bind_outbound, set_outbound_options};
 pub use rate_limit::{RateLimit, TokenBucket};

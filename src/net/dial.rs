@@ -11,9 +11,9 @@ use std::pin::Pin;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::sockopt::{IpBindAddressNoPort, SetStruct};
-use nix::sys::socket::{SetSockOpt as _, setsockopt};
-use nix::{libc, setsockopt_impl};
+use nix::sys::socket::sockopt::{GetStruct, IpBindAddressNoPort, SetStruct};
+use nix::sys::socket::{GetSockOpt as _, SetSockOpt as _, setsockopt};
+use nix::{getsockopt_impl, libc, setsockopt_impl};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 use socket2::{SockRef, Socket, TcpKeepalive};
@@ -336,6 +336,17 @@ pub fn shorten_keepalive(socket: &impl AsFd) {
 struct Linger2;
 
 setsockopt_impl!(Linger2, libc::IPPROTO_TCP, libc::TCP_LINGER2, i32, SetStruct<'_, i32>);
+
+/// The option SO_MEMINFO: memory in use, in bytes. The last value is that of the send queue.
+#[derive(Clone, Copy)]
+struct MemInfo;
+
+getsockopt_impl!(MemInfo, libc::SOL_SOCKET, libc::SO_MEMINFO, [u32; 6], GetStruct<[u32; 6]>);
+
+/// Returns the memory of the data that the peer has not acknowledged, in bytes. 0 for a Unix socket: its peer has all.
+pub fn send_queue(socket: &impl AsFd) -> u32 {
+    MemInfo.get(&socket.as_fd()).map_or(0, |[.., queue]| queue)
+}
 
 /// Makes the kernel reset the connection after the next close, as soon as the peer has acknowledged all data and the
 /// end of the stream. Failures are only logged.

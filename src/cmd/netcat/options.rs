@@ -182,7 +182,8 @@ pub struct ClientArgs {
     #[argh(switch, short = 'd')]
     pub(crate) recv_only: bool,
 
-    /// do not write to stdout. s5 exits at most 5s after stdin has ended.
+    /// do not write to stdout. s5 exits at most 5s after stdin has ended. While the next hop still accepts data, it waits
+    /// longer. If the next hop stops, the exit status is 55.
     #[argh(switch)]
     pub(crate) send_only: bool,
 

@@ -4,6 +4,7 @@
 use std::cell::Cell;
 use std::future::{pending, poll_fn};
 use std::io::{self, IsTerminal as _};
+use std::mem::replace;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::pin::Pin;
 use std::task::Poll;
@@ -20,13 +21,14 @@ use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus};
 use crate::conn::Conn;
 use crate::net::{
-    RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, relay, send_descriptors, sleep, timeout_at,
+    RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, relay, send_descriptors, send_queue, sleep,
+    timeout_at,
 };
 use crate::proto::Addr;
 
 /// Time limit of the last flush of stdout after a timeout.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(250);
-/// With `--send-only`, time from the end of stdin to the exit of s5.
+/// With `--send-only`, time from the end of stdin, or from the last progress, to the exit of s5.
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
 /// Checks the options that apply to an established tunnel. Returns the program of `-e` or `-c`.
@@ -110,6 +112,7 @@ async fn relay_local(
     };
     let mut exit_status = None;
     let quit_timed_out = Cell::new(false);
+    let socket = tunnel.as_fd().try_clone_to_owned();
     let outcome = {
         let quit = async {
             // Without stdin, the time of -q begins at once. The relay wakes this task, and is polled first.
@@ -117,6 +120,17 @@ async fn relay_local(
             match (args.quit_after.or(args.send_only.then_some(SEND_ONLY_GRACE)), &mut program_exit) {
                 (Some(time), _) => {
                     sleep(time).await;
+                    let mut queued = u32::MAX;
+                    // A close drops the send queue if the target is still sending.
+                    while args.quit_after.is_none()
+                        && let now @ 1.. = socket.as_ref().map_or(0, send_queue)
+                    {
+                        if now >= replace(&mut queued, now) {
+                            let error = format!("no data was accepted for {time:?}, so the last bytes may be lost");
+                            return Err(RelayError::Undelivered(io::Error::other(error)));
+                        }
+                        sleep(time).await;
+                    }
                     quit_timed_out.set(true);
                 }
                 // After the program has exited, nothing reads the answers.

@@ -5,6 +5,7 @@ use std::thread::sleep;
 
 use s5::net::receive_descriptors;
 
+use crate::programs::LONG_TIMEOUT;
 use crate::prompts::on_a_terminal;
 use crate::*;
 
@@ -77,6 +78,37 @@ fn send_only_writes_nothing_and_waits_for_the_target() {
     let ((_server, proxy), (target, received)) = (serve(), collecting_target(b"an unwanted answer"));
     assert_eq!(outcome(&format!("connect --send-only -x {proxy} {target}"), b"data"), success(""));
     assert_eq!(data(&received), b"data");
+}
+
+#[test]
+fn send_only_waits_while_the_target_accepts_data() {
+    let (sender, received) = channel();
+    // Sends all the time, so that a close of the client would reset the connection.
+    let slow = tcp_server(V4, move |mut stream| {
+        let mut output = stream.try_clone().expect("cloned");
+        std::thread::spawn(move || {
+            while output.write_all(b"noise").is_ok() {
+                sleep(Duration::from_millis(20));
+            }
+        });
+        sleep(Duration::from_millis(5700));
+        let mut all = Vec::new();
+        let ended = stream.read_to_end(&mut all);
+        let _ = sender.send((all.len(), ended.is_ok()));
+        let _ = stream.shutdown(Shutdown::Both);
+    });
+    let stuck = tcp_server(V4, |_stream| sleep(LONG_TIMEOUT));
+    let args = |target: SocketAddr| format!("connect --direct --send-only {target}");
+    run_all(vec![(args(slow), 0), (args(stuck), 55)], |(args, status)| {
+        let output = run(&mut command(&args), &[b'x'; 300_000], LONG_TIMEOUT);
+        let stderr = text(&output.stderr);
+        assert_eq!(
+            (output.status.code(), stderr.contains("the last bytes may be lost")),
+            (Some(status), status == 55),
+            "{stderr}"
+        );
+    });
+    assert_eq!(received.recv_timeout(TIMEOUT), Ok((300_000, true)));
 }
 
 #[test]
