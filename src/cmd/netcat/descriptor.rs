@@ -1,6 +1,6 @@
 //! File descriptors inherited from the shell, as in `fd:3`.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 
 use rustix::fs::FileType;
@@ -24,8 +24,8 @@ pub(crate) fn take_fd(number: &str) -> io::Result<File> {
     Ok(take_descriptor(n)?.into())
 }
 
-/// Closes stdout: replaces it by /dev/null, so that its number is not used for another file. If stdin and stdout are
-/// the same socket, stdin keeps it open, so its write side is shut down.
+/// Closes stdout: replaces it by a pipe, so that its number is not used for another file. /dev/null may be missing. If
+/// stdin and stdout are the same socket, stdin keeps it open, so its write side is shut down.
 pub(super) fn close_stdout() -> io::Result<()> {
     let (stdin, stdout) = (rustix::fs::fstat(io::stdin())?, rustix::fs::fstat(io::stdout())?);
     if FileType::from_raw_mode(stdout.st_mode).is_socket()
@@ -34,5 +34,5 @@ pub(super) fn close_stdout() -> io::Result<()> {
         // A peer that has closed the socket does not need its end.
         let _ = rustix::net::shutdown(io::stdout(), rustix::net::Shutdown::Write);
     }
-    Ok(rustix::stdio::dup2_stdout(OpenOptions::new().write(true).open("/dev/null")?)?)
+    Ok(rustix::stdio::dup2_stdout(io::pipe()?.0)?)
 }

@@ -112,6 +112,14 @@ fn send_only_waits_while_the_target_accepts_data() {
 }
 
 #[test]
+fn transfer_without_dev_null_succeeds() {
+    enter_namespace!("127.0.0.1 localhost\n", "");
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "none", "/dev"]).status();
+    assert!(mounted.expect("mount runs").success());
+    assert_eq!(outcome(&format!("connect --direct {}", echo_server()), b"data"), success("data"));
+}
+
+#[test]
 fn quit_after_counts_from_end_of_stdin() {
     let (_server, proxy) = serve();
     let target = tcp_server(V4, |mut stream| {
