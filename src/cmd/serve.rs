@@ -83,9 +83,8 @@ fn policy_sources(args: &ServeArgs) -> CliResult<PolicySources> {
     let user_entry = users::entry_in_environment(args.users.is_some())?;
     let methods = accepted_methods(args, args.users.is_some() || user_entry.is_some())?;
     let has_user_limits = args.max_per_user.is_some() || args.rate_per_user.is_some();
-    let has_users = methods.iter().any(|method| *method != Method::NONE);
     let problem = "--max-per-user and --rate-per-user require logins (use --users FILE or --keytab FILE)";
-    CliError::usage_if(has_user_limits && !has_users, problem)?;
+    CliError::usage_if(has_user_limits && methods == [Method::NONE], problem)?;
     let has_hop_options = args.proxy_auth_file.is_some() || args.hop_auth.is_some() || args.hop_udp_relay;
     let problem = "--proxy-auth-file, --hop-auth and --hop-udp-relay require --via or --hop";
     CliError::usage_if(has_hop_options && args.hop.is_empty() && args.via.is_none(), problem)?;

@@ -207,7 +207,8 @@ impl Rules {
         Search { groups: &self.groups, rules: &self.user_rules, request, match_target, only_first }.run(found);
     }
 
-    fn route(&self, rule: &Rule) -> Route {
+    /// Returns the route of the targets that a rule allows.
+    pub fn route(&self, rule: &Rule) -> Route {
         Route { hop: rule.conditions.via.unwrap_or(self.default_route.hop), outbound: rule.conditions.outbound }
     }
 

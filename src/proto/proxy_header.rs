@@ -17,7 +17,7 @@ const V2_FIXED_LEN: usize = 16;
 /// The client that a load balancer forwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProxyHeader {
-    /// The client's address, canonical. `None` if the balancer connects for itself, such as for a health check, or if its
+    /// The client's address, canonical; the port may be 0. `None` if the balancer connects for itself, such as for a health check, or if its
     /// client has no IP address.
     pub client: Option<SocketAddr>,
 }
@@ -47,8 +47,8 @@ impl Message for ProxyHeader {
             _ => return Err(invalid("neither \"PROXY \" nor the signature of version 2")),
         };
         let client = client.map(|(ip, port)| SocketAddr::new(ip.to_canonical(), port));
-        if client.is_some_and(|client| client.port() == 0 || !is_unicast(client.ip())) {
-            return Err(invalid("the client's address is not a unicast address with a port"));
+        if client.is_some_and(|client| !is_unicast(client.ip())) {
+            return Err(invalid("the client's address is not a unicast address"));
         }
         Ok(Self { client })
     }

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use super::listen::ListenAddr;
 use super::run_as::RunAs;
+use crate::policy::is_unicast;
 use crate::policy::rules::parse_cidr;
 use crate::proto::{Method, PortRange, ProtectionLevel};
 use crate::values::{
@@ -35,15 +36,15 @@ pub struct ServeArgs {
     /// clients and peers can reach. By default, BIND has the address on the route to the peer (without a peer in the
     /// request, on the default route), and UDP ASSOCIATE the address that the client connected to. Clients on this host
     /// still get loopback, unless the server listens on loopback only. At most one IPv4 and one IPv6 address.
-    #[argh(option, arg_name = "IP")]
+    #[argh(option, arg_name = "IP", from_str_fn(parse_host_ip))]
     pub advertise: Vec<IpAddr>,
 
     /// address for BIND alone [default: as --advertise]
-    #[argh(option, hidden_help, arg_name = "IP")]
+    #[argh(option, hidden_help, arg_name = "IP", from_str_fn(parse_host_ip))]
     pub advertise_bind: Vec<IpAddr>,
 
     /// address for UDP alone [default: as --advertise]
-    #[argh(option, hidden_help, arg_name = "IP")]
+    #[argh(option, hidden_help, arg_name = "IP", from_str_fn(parse_host_ip))]
     pub advertise_udp: Vec<IpAddr>,
 
     /// source address [default: the system's]. Repeatable: at most one IPv4 and one IPv6 address, both of this host. It
@@ -322,6 +323,12 @@ fn parse_mark(text: &str) -> Result<u32, String> {
 /// Parses an address family. Returns true for IPv4.
 fn parse_family(text: &str) -> Result<bool, String> {
     parse_choice(text, [("4", true), ("6", false)])
+}
+
+/// Parses an address that can belong to a host.
+fn parse_host_ip(text: &str) -> Result<IpAddr, String> {
+    let ip = text.parse().ok().filter(|ip: &IpAddr| is_unicast(ip.to_canonical()));
+    ip.ok_or_else(|| "expected the IP address of a host".into())
 }
 
 /// Parses a comma-separated list of addresses and CIDR blocks. `None` is `unix`.

@@ -88,7 +88,7 @@ fn names(count: usize) -> Result<Vec<String>, String> {
     let Some(names) = variable("LISTEN_FDNAMES")? else { return Ok(vec![String::new(); count]) };
     match names.split(':').count() {
         found if found == count => Ok(names.split(':').map(Into::into).collect()),
-        found => Err(format!("LISTEN_FDNAMES: expected {count} names, as in LISTEN_FDS, found {found}")),
+        found => Err(format!("LISTEN_FDNAMES: number of names: expected {count}, as in LISTEN_FDS, found {found}")),
     }
 }
 

@@ -129,7 +129,8 @@ async fn read_report(mut stream: impl AsyncRead + Unpin) -> String {
 /// Returns the path by which the program was started. After an upgrade, the new program is there. The path in
 /// /proc/self/exe follows symbolic links, which may lead to another program then.
 fn program(name: &str) -> io::Result<PathBuf> {
-    let this = fs::metadata("/proc/self/exe")?;
+    let this = fs::metadata("/proc/self/exe");
+    let this = this.map_err(|error| io::Error::other(format!("/proc/self/exe: {error} (mount /proc)")))?;
     let is_this =
         |path: &PathBuf| fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == (this.dev(), this.ino()));
     let dirs = env::var_os("PATH").unwrap_or_default();

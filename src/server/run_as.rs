@@ -51,6 +51,9 @@ impl FromStr for RunAs {
     /// Parses `USER[:GROUP]`, names or numbers.
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, group) = text.split_once(':').map_or((text, None), |(name, group)| (name, Some(group)));
+        if name.is_empty() || group == Some("") {
+            return Err("expected USER or USER:GROUP".into());
+        }
         let found = match name.parse() {
             Ok(uid) => User::from_uid(Uid::from_raw(uid)),
             Err(_) => User::from_name(name),

@@ -224,6 +224,7 @@ impl Session {
             ReadError::Protocol(_, bytes) if !ProxyHeader::is_start(bytes) => SessionError::silent(format!(
                 "{error} (let the load balancer send it, or remove the address from --proxy-protocol-from)"
             )),
+            ReadError::Protocol(..) => SessionError::silent(error),
             _ => SessionError::silent(format!("PROXY header: {error}")),
         })?;
         // A loopback address of another host gives no access to that of this one.

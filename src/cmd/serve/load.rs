@@ -110,8 +110,8 @@ impl PolicySources {
             log::warn!("{}: never matches: no login has its method= or protection= (see --auth)", rule.origin());
         }
         for (hop, name) in self.hops.names().iter().enumerate() {
-            let is_selected = policy.rules.first_user_rules().any(|rule| rule.hop() == Some(hop));
-            if !is_selected && self.default_route.hop != Some(hop) {
+            let is_hop = |rule| policy.rules.route(rule).hop == Some(hop);
+            if self.default_route.hop != Some(hop) && !policy.rules.first_user_rules().any(is_hop) {
                 log::warn!("--hop {name}: no rule selects it (add an allow rule with via={name})");
             }
         }

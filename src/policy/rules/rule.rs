@@ -91,11 +91,6 @@ impl Rule {
         &self.conditions.users
     }
 
-    /// Returns the hop of `via=`.
-    pub fn hop(&self) -> Option<usize> {
-        self.conditions.via.flatten()
-    }
-
     /// Returns whether a login with one of these methods can match.
     pub fn matches_any(&self, accepted: &[Method]) -> bool {
         let Conditions { methods, levels, .. } = &*self.conditions;

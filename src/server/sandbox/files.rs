@@ -110,8 +110,8 @@ fn allowed(options: &Options) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
             (Err(_), Ok(_)) => {}
             // A new file has no rule of its own. After a rotation, it may be at the place of a link.
             (_, _) => {
-                let file = (log.resolve)(&log.path).ok();
-                let dirs = file.iter().chain([&log.path]).filter_map(|file| dir_of(file));
+                let files = (log.resolve)(&log.path).into_iter().chain([log.path.clone()]);
+                let dirs = files.filter_map(|file| dir_of(&file));
                 all.extend(dirs.map(|dir| (dir, write | AccessFs::MakeReg)));
             }
         }

@@ -148,7 +148,13 @@ fn wrong_sockets_and_variables_are_errors_that_name_them() {
         ("127.0.0.1/tcp", "0", "", "", "LISTEN_FDS: expected a number from 1 to 253, found 0".into()),
         ("127.0.0.1/tcp", "9999999", "", "", "LISTEN_FDS: expected a number from 1 to 253, found 9999999".into()),
         ("127.0.0.1/tcp", "", "", "x", "LISTEN_PID: expected a number, found \"x\"".into()),
-        ("127.0.0.1/tcp", "", "a:b", "", "LISTEN_FDNAMES: expected 1 names, as in LISTEN_FDS, found 2".into()),
+        (
+            "127.0.0.1/tcp",
+            "",
+            "a:b",
+            "",
+            "LISTEN_FDNAMES: number of names: expected 1, as in LISTEN_FDS, found 2".into(),
+        ),
         ("0.0.0.0/tcp", "", "", "", "refusing to listen on 0.0.0.0:".into()),
         ("::/tcp", "", "", "", "refusing to listen on [::]:".into()),
     ];

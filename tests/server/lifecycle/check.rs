@@ -81,6 +81,8 @@ fn check_fails_like_a_start() {
         (2, "--via alice@127.0.0.1:1".into(), "no password"),
         (2, "--bind-ports 1-10".into(), "--bind-ports: the server may not use ports below"),
         (2, "--no-such-option".into(), "--no-such-option"),
+        (2, "--advertise 224.0.0.1".into(), "--advertise '224.0.0.1': expected the IP address of a host"),
+        (2, "--advertise-udp ::ffff:224.0.0.1".into(), ": expected the IP address of a host"),
         (2, "--allow-remote-metrics".into(), "--allow-remote-metrics requires --metrics ADDR"),
         (2, "--access-log -".into(), "--access-log: \"\" and \"-\" are not files (omit the option to log to stderr)"),
         (

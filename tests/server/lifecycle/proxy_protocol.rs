@@ -86,10 +86,10 @@ fn false_or_missing_proxy_header_is_logged_once_with_its_cause_and_health_checks
     let server = behind_balancer(&["--handshake-timeout", "1s"]);
     let table: [(&[u8], bool, &str); 7] = [
         (GREETING, false, "nor the signature of version 2 (let the load balancer send it, or remove"),
-        (b"PROXY TCP4 1.2.3.4\r\n", false, "PROXY header: invalid PROXY header: expected TCP4"),
+        (b"PROXY TCP4 1.2.3.4\r\n", false, "error=\"invalid PROXY header: expected TCP4"),
         (&[b'P'; 2000], false, "nor the signature of version 2 (let"),
         (b"PROXY UNKNOWN", true, "PROXY header: connection closed within a message"),
-        (b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x20\x00", false, "PROXY header: invalid PROXY header: more than 4096 bytes"),
+        (b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x20\x00", false, "error=\"invalid PROXY header: more than 4096 bytes"),
         (b"PROXY UNKNOWN", false, "no complete PROXY header within 1s"),
         (b"", false, "no complete PROXY header within 1s"),
     ];

@@ -208,16 +208,25 @@ fn associations_on_a_shared_port_work_in_both_processes_after_a_restart() {
 }
 
 #[test]
-fn restart_needs_no_device() {
+fn restart_needs_no_device_and_names_proc_if_it_is_missing() {
     enter_namespace!("", "");
     let server = Server::start(&["--threads", "1"]);
     // Nobody can open a file with this mode: the server has no capabilities.
     let script = "touch $0 && chmod 0 $0 && mount --bind $0 /dev/null";
     let file = temp_dir();
-    let status = Command::new("sh").args(["-c", script]).arg(file.path().join("null")).status();
-    assert!(status.expect("sh runs").success());
+    let mount = |script: &str| {
+        let status = Command::new("sh").args(["-c", script]).arg(file.path().join("null")).status();
+        assert!(status.expect("sh runs").success());
+    };
+    mount(script);
     let successor = Successor::of(&server);
     wait_end(&server);
     use_once(server.connect(), echo_server()).expect("the new process serves");
     assert!(successor.is_running());
+    // Without /proc, the program is not known.
+    mount("mount -t tmpfs none /proc");
+    let server = Server::start(&["--threads", "1"]);
+    server.signal("USR2");
+    let expected = "/proc/self/exe: no such file or directory (mount /proc); this process goes on";
+    assert_eq!(failure(&server), expected);
 }

@@ -162,6 +162,8 @@ fn run_as_refuses_unknown_users_and_no_sandbox_says_so() {
     let table = [
         ("no-such-user", "no such user (create it: useradd --system no-such-user)"),
         ("root:no-such-group", "no such group (create it: groupadd --system no-such-group)"),
+        ("nobody:", "expected USER or USER:GROUP (see s5 serve --help)"),
+        (":nogroup", "expected USER or USER:GROUP (see s5 serve --help)"),
         ("4000000", "no user has this number (write 4000000:GROUP)"),
     ];
     for (user, expected) in table {
