@@ -30,8 +30,8 @@ pub struct Association {
     dst: Addr,
     /// The addresses of `dst` if this machine resolves them for the last hop.
     target: Option<ResolvedAddr>,
-    invalid: Cell<u64>,
-    foreign: Cell<u64>,
+    /// Only `invalid` and `foreign` are counted here.
+    losses: Cell<LossCounts>,
 }
 
 /// Counts of received datagrams that were lost on this machine.
@@ -95,8 +95,7 @@ impl Client {
                 ClientErrorKind::Unreachable(error) if !hops.is_empty() => ClientErrorKind::Relay(peer.clone(), error),
                 kind => kind,
             })?;
-            let (invalid, foreign) = Default::default();
-            Ok(Association { hops, socket, dst: self.dst.clone(), target, invalid, foreign })
+            Ok(Association { hops, socket, dst: self.dst.clone(), target, losses: Cell::default() })
         })
         .await
     }
@@ -124,7 +123,7 @@ impl Association {
         let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().lost_count()).sum();
         let sockets = (0..).map_while(|i| self.socket.get(i));
         let overflowed = sockets.filter_map(|(_, socket)| kernel_drops(&socket)).sum();
-        LossCounts { incomplete, invalid: self.invalid.get(), foreign: self.foreign.get(), overflowed }
+        LossCounts { incomplete, overflowed, ..self.losses.get() }
     }
 
     /// Sends a datagram to the target of the client, in fragments if it is too long. Poll for answers after it.
@@ -147,7 +146,7 @@ impl Association {
             (None, Host::Ip(ip)) if !ip.to_canonical().is_unspecified() => *from == self.dst.clone().to_canonical(),
             _ => true,
         };
-        self.foreign.set(self.foreign.get() + u64::from(!is_accepted));
+        self.losses.update(|n| LossCounts { foreign: n.foreign + u64::from(!is_accepted), ..n });
         is_accepted
     }
 
@@ -231,7 +230,7 @@ impl Association {
         BUFFER.with_borrow_mut(|buffer| {
             let n = self.socket.receive(peer, socket, buffer)?;
             let Ok(answer) = self.decapsulate(buffer.get(..n).unwrap_or_default()) else {
-                self.invalid.set(self.invalid.get() + 1);
+                self.losses.update(|n| LossCounts { invalid: n.invalid + 1, ..n });
                 return Ok(None);
             };
             self.socket.peer.on_answer(peer);

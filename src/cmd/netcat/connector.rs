@@ -102,7 +102,11 @@ impl Connector {
             pending().await
         };
         let result = reactor::run(limited.or(watch)).unwrap_or_else(start_error);
-        let report = |error| self.json.report_error(&SessionReport::default(), error);
+        let report = |error| match self.cut.get() {
+            // Sessions have reported it.
+            Some(_) if self.args.listen.is_some() => CliError { is_reported: true, ..error },
+            _ => self.json.report_error(&SessionReport::default(), error),
+        };
         let result = self.filter_error(result.map_err(report));
         if let Some(Cut::Signal(signal)) = self.cut.get() {
             log::logger().flush();
@@ -301,7 +305,7 @@ impl Connector {
     /// Removes the message of an error if it must not be printed: the status of `-z` is enough for a single attempt.
     fn filter_error(&self, result: CliResult) -> CliResult {
         let is_probe = self.args.zero_io && self.args.verbose == 0 && self.args.retry.is_none();
-        let is_hidden = self.args.quiet || is_probe;
+        let is_hidden = self.args.quiet || is_probe || self.args.prints_only_json();
         result.map_err(|error| if is_hidden { CliError { message: String::new(), ..error } } else { error })
     }
 }

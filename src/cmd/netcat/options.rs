@@ -246,7 +246,7 @@ pub struct ClientArgs {
     #[argh(switch, short = 'v')]
     pub(crate) verbose: u8,
 
-    /// print nothing on stderr, not even errors
+    /// print nothing on stderr, not even errors, except those of the command line
     #[argh(switch)]
     pub(crate) quiet: bool,
 

@@ -241,6 +241,7 @@ fn signal_ends_the_client_after_the_object_of_each_session() {
                 line.contains(&ended) && line.contains(&format!(": ended by SIG{signal}\"")) && line.contains(up)
             });
             assert_eq!(reported.count(), count, "{args}: {stderr}");
+            assert_eq!(stderr.lines().filter(|line| line.starts_with('{')).count(), count, "{args}: {stderr}");
         };
         let silent = ScriptedServer::start("> {greeting}; > ...");
         ends(&format!("connect --json -x {} a:1", silent.addr), 1, "\"phase\":\"method\"", &|_| drop(silent.message()));
@@ -270,5 +271,13 @@ fn signal_ends_the_client_after_the_object_of_each_session() {
         assert_eq!(forward.wait_exit(TIMEOUT).0.signal(), Some(number));
         let written = fs::read_to_string(&objects).expect("the file exists");
         assert_eq!(written.matches("\"up\":5,\"down\":5").count(), 3, "{written}");
+        assert_eq!(written.lines().count(), 3, "{written}");
+    }
+    for (mode, has_message) in [("connect --json -k", false), ("connect --json=/dev/null", true), ("udp --json", false)]
+    {
+        let (status, _, stderr) = outcome(&format!("{mode} -l 0 -m 100ms --direct {echo}"), b"");
+        let last = stderr.lines().last().unwrap_or_default();
+        assert_eq!((status, last.ends_with(": timed out after 100ms")), (Some(28), has_message), "{stderr}");
+        assert!(!stderr.contains('{'), "{stderr}");
     }
 }
