@@ -62,14 +62,12 @@ impl BlockingFile {
 
 /// Calls `op` until the descriptor is ready.
 fn retry_when_ready<T>(file: &File, flags: PollFlags, mut op: impl FnMut(&File) -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match op(file) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                rustix::event::poll(&mut [PollFd::new(file, flags)], None)?;
-            }
-            done => return done,
-        }
+    let mut result = op(file);
+    while result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+        rustix::event::poll(&mut [PollFd::new(file, flags)], None)?;
+        result = op(file);
     }
+    result
 }
 
 impl AsyncRead for BlockingFile {
