@@ -72,6 +72,9 @@ pub struct Client {
     progress: Cell<Progress>,
 }
 
+/// A ticket, and the name of the service that it is for.
+type Ticket = (Arc<Credential>, String);
+
 /// How far a handshake is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Progress {
@@ -251,16 +254,16 @@ impl Client {
     /// Sends the greeting and logs in. Returns the GSSAPI protection of all further messages and data.
     async fn authenticate(&self, conn: &mut Conn, hop: &Proxy) -> Result<Option<Protection>, ClientErrorKind> {
         let credentials = hop.credentials.as_ref();
-        let ticket = self.ticket().await?;
+        let ticket = self.ticket(hop).await?;
         let is_available = |method: &Method| match *method {
             Method::PASSWORD => credentials.is_some(),
-            Method::GSSAPI => ticket.is_some(),
+            Method::GSSAPI => ticket.is_ok(),
             _ => true,
         };
         let allowed = self.options.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
         let methods: Vec<Method> = allowed.iter().copied().filter(is_available).collect();
         if methods.is_empty() {
-            return Err(ClientErrorKind::NoAcceptableMethod(methods));
+            return Err(ClientErrorKind::NoAcceptableMethod(methods, None));
         }
         write(conn, &Greeting { methods: methods.clone() }).await?;
         let selected = read::<MethodSelection>(conn).await?.0;
@@ -268,7 +271,9 @@ impl Client {
         let offered = methods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         log::debug!("proxy {hop} selected method {selected} (offered: {offered})");
         match (selected, credentials, &self.options.gssapi, ticket) {
-            (Method::NO_ACCEPTABLE, ..) => Err(ClientErrorKind::NoAcceptableMethod(methods)),
+            (Method::NO_ACCEPTABLE, .., ticket) => {
+                Err(ClientErrorKind::NoAcceptableMethod(methods, ticket.err().flatten()))
+            }
             _ if !methods.contains(&selected) => {
                 Err(ClientErrorKind::Protocol(format!("selected {selected}, which was not offered")))
             }
@@ -280,31 +285,33 @@ impl Client {
                     _ => Err(ClientErrorKind::LoginRefused),
                 }
             }
-            (Method::GSSAPI, _, Some(initiator), Some(ticket)) => {
+            (Method::GSSAPI, _, Some(initiator), Ok((ticket, service))) => {
                 self.enter_phase(Phase::Login);
-                let host = match &hop.endpoint {
-                    Endpoint::Tcp(Addr { host: Host::Name(name), .. }) => name.as_str().to_owned(),
-                    Endpoint::Tcp(Addr { host: Host::Ip(ip), .. }) => ip.to_string(),
-                    Endpoint::Unix(_) => String::new(),
-                };
-                initiator.initiate(conn, ticket, &host).await.map_err(ClientErrorKind::Gssapi)
+                initiator.initiate(conn, ticket, service).await.map_err(ClientErrorKind::Gssapi)
             }
             _ => Ok(None),
         }
     }
 
-    /// Acquires a Kerberos ticket if GSSAPI may be offered. It may be missing unless only GSSAPI is requested.
-    async fn ticket(&self) -> Result<Option<Arc<Credential>>, ClientErrorKind> {
+    /// Returns a Kerberos ticket, and the name of the service of `hop`, if GSSAPI may be offered. They may be missing
+    /// unless only GSSAPI is requested: then returns the reason, if another ticket is no remedy.
+    async fn ticket(&self, hop: &Proxy) -> Result<Result<Ticket, Option<GssapiError>>, ClientErrorKind> {
         let methods = self.options.methods.as_deref();
         let is_possible = methods.is_none_or(|methods| methods.contains(&Method::GSSAPI));
-        let Some(initiator) = self.options.gssapi.as_ref().filter(|_| is_possible) else { return Ok(None) };
-        match initiator.acquire_ticket().await {
-            Ok(ticket) => Ok(Some(ticket)),
+        let Some(initiator) = self.options.gssapi.as_ref().filter(|_| is_possible) else { return Ok(Err(None)) };
+        let host = match &hop.endpoint {
+            Endpoint::Tcp(Addr { host: Host::Name(name), .. }) => name.as_str().to_owned(),
+            Endpoint::Tcp(Addr { host: Host::Ip(ip), .. }) => ip.to_string(),
+            Endpoint::Unix(_) => String::new(),
+        };
+        let ticket = async { Ok((initiator.acquire_ticket().await?, initiator.target_name(&host)?)) };
+        match ticket.await {
+            Ok(ticket) => Ok(Ok(ticket)),
             Err(error @ (GssapiError::NoCredential(_) | GssapiError::Unavailable(_)))
                 if methods.is_none_or(|methods| methods.len() > 1) =>
             {
                 log::debug!("gssapi not offered: {error}");
-                Ok(None)
+                Ok(Err(Some(error).filter(|error| matches!(error, GssapiError::Unavailable(_)))))
             }
             // Other failures, such as an invalid configuration, must not silently disable GSSAPI.
             Err(error) => Err(ClientErrorKind::Gssapi(error)),

@@ -38,10 +38,10 @@ pub enum GssapiError {
     /// The library reported an error, or the peer sent an unexpected message.
     #[error("GSSAPI: {0}")]
     Failed(String),
-    /// The user has no ticket.
+    /// The user has no valid ticket.
     #[error("GSSAPI: {0} (run kinit, or set --ccache)")]
     NoCredential(String),
-    /// No GSSAPI library is installed.
+    /// No GSSAPI library is installed, it does not answer, or the host name of the proxy is not known.
     #[error("GSSAPI: {0}")]
     Unavailable(String),
 }
@@ -202,18 +202,19 @@ impl Initiator {
             ffi::available().map_err(GssapiError::Unavailable)?;
             Credential::initiator(ccache.as_deref()).map(Arc::new).map_err(GssapiError::NoCredential)
         });
-        acquired.await.ok_or_else(|| failed(format!("reading the ticket cache took more than {KDC_TIMEOUT:?}")))?
+        let too_slow = || GssapiError::Unavailable(format!("reading the ticket cache took more than {KDC_TIMEOUT:?}"));
+        acquired.await.ok_or_else(too_slow)?
     }
 
-    /// Establishes a context with the server on `conn` after the server has selected GSSAPI. Returns the protection for
-    /// all further data; `None` at [`ProtectionLevel::None`]. `host` is the host name of the proxy.
+    /// Establishes a context with `service` on `conn` after the server has selected GSSAPI. Returns the protection for
+    /// all further data; `None` at [`ProtectionLevel::None`].
     pub async fn initiate(
         &self,
         conn: &mut Conn,
         ticket: Arc<Credential>,
-        host: &str,
+        service: String,
     ) -> GssapiResult<Option<Protection>> {
-        let mut context = self.establish_context(conn, ticket, self.target_name(host)?).await?;
+        let mut context = self.establish_context(conn, ticket, service).await?;
         if !context.has(GSS_C_MUTUAL_FLAG | GSS_C_INTEG_FLAG) {
             return Err(failed("the server did not authenticate itself"));
         }
@@ -275,12 +276,13 @@ impl Initiator {
     }
 
     /// Returns the name of the proxy's service. `host` is the host name of the proxy.
-    fn target_name(&self, host: &str) -> GssapiResult<String> {
+    pub fn target_name(&self, host: &str) -> GssapiResult<String> {
         let host = self.host.as_deref().unwrap_or(host);
         match self.service.contains(['/', '@']) {
             true => Ok(self.service.clone()),
-            false if host.is_empty() || parse_literal(host).is_some() => Err(failed(format!(
-                "Kerberos needs the host name of the proxy, not {host:?} (set it with --gssapi-host)"
+            false if host.is_empty() || parse_literal(host).is_some() => Err(GssapiError::Unavailable(format!(
+                "Kerberos needs the host name of the proxy, not {host:?} (use it in the URL; clients with a single proxy \
+                 can set --gssapi-host)"
             ))),
             false => Ok(format!("{}@{host}", self.service)),
         }

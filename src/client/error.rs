@@ -66,8 +66,9 @@ pub enum ClientErrorKind {
     Protocol(String),
     /// The proxy closed the connection (`None`), or reading or writing failed.
     Closed(Option<io::Error>),
-    /// The offered methods, none of which the proxy accepts. Empty if the client has none to offer.
-    NoAcceptableMethod(Vec<Method>),
+    /// The offered methods, none of which the proxy accepts. Empty if the client has none to offer. And the reason why
+    /// GSSAPI is not one of them, if another ticket is no remedy.
+    NoAcceptableMethod(Vec<Method>, Option<gssapi::GssapiError>),
     LoginRefused,
     Gssapi(gssapi::GssapiError),
     /// The last proxy replied with a failure.
@@ -152,13 +153,14 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Protocol(what) => write!(f, "not a SOCKS5 server ({what})"),
             ClientErrorKind::Closed(None) => write!(f, "the proxy closed the connection{denied}"),
             ClientErrorKind::Closed(Some(error)) => write!(f, "{error}{denied}"),
-            ClientErrorKind::NoAcceptableMethod(offered) => {
+            ClientErrorKind::NoAcceptableMethod(offered, reason) => {
                 let list = offered.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
                 let list = if list.is_empty() { "nothing" } else { &list };
                 // The proxy may require a method that was not offered.
+                let reason = reason.as_ref().map_or("run kinit".into(), |reason| format!("for {reason}"));
                 let remedies = [
                     (Method::PASSWORD, "add user:password@ to the proxy's URL"),
-                    (Method::GSSAPI, "run kinit"),
+                    (Method::GSSAPI, reason.as_str()),
                     (Method::NONE, "allow more methods with --auth or --hop-auth"),
                 ];
                 let missing = remedies.iter().filter(|(method, _)| !offered.contains(method));

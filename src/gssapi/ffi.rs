@@ -278,30 +278,33 @@ impl Credential {
     pub fn acceptor(service: Option<&str>, keytab: Option<&Path>) -> LibraryResult<Self> {
         let name = service.map(Object::import_name).transpose()?;
         let store = keytab.map(|path| (c"keytab", path, "keytab path (set KRB5_KTNAME)"));
-        Self::acquire(name.as_ref(), GSS_C_ACCEPT, store)
+        Self::acquire(name.as_ref(), GSS_C_ACCEPT, store).map(|(keys, _)| keys)
     }
 
     /// Acquires the tickets in `ccache` or the system's ticket cache.
     ///
     /// # Errors
-    /// No library or no ticket is available. An expired ticket can be reported here or at its use.
+    /// No library or no valid ticket is available.
     pub fn initiator(ccache: Option<&Path>) -> LibraryResult<Self> {
-        Self::acquire(None, GSS_C_INITIATE, ccache.map(|path| (c"ccache", path, "ticket cache path (set KRB5CCNAME)")))
+        let store = ccache.map(|path| (c"ccache", path, "ticket cache path (set KRB5CCNAME)"));
+        let (ticket, lifetime) = Self::acquire(None, GSS_C_INITIATE, store)?;
+        if lifetime > 0 { Ok(ticket) } else { Err("Ticket expired".into()) }
     }
 
-    /// Acquires a credential. `store`: key and path for MIT's extension, and a description of the path for errors.
-    fn acquire(name: Option<&Object>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> LibraryResult<Self> {
+    /// Acquires a credential. Returns it and its lifetime in seconds. `store`: key and path for MIT's extension, and a
+    /// description of the path for errors.
+    fn acquire(name: Option<&Object>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> LibraryResult<(Self, u32)> {
         let mut credential = Object::new(Kind::Credential)?;
         let Object { api, handle, .. } = &mut credential;
         let name = name.map_or(null_mut(), |name| name.handle);
         let mechanisms = OidSet { count: 1, elements: &KRB5_OID };
-        let (time, no_set, no_time) = (GSS_C_INDEFINITE, null_mut(), null_mut());
+        let (time, no_set, mut lifetime) = (GSS_C_INDEFINITE, null_mut(), 0);
         let Some((key, path, setting)) = store else {
             // SAFETY: all pointers are to locals or constants, or null.
             api.call(|minor| unsafe {
-                (api.gss_acquire_cred)(minor, name, time, &mechanisms, usage, handle, no_set, no_time)
+                (api.gss_acquire_cred)(minor, name, time, &mechanisms, usage, handle, no_set, &mut lifetime)
             })?;
-            return Ok(Self(credential));
+            return Ok((Self(credential), lifetime));
         };
         let unsupported = || format!("this GSSAPI library does not support a {setting}");
         let acquire_from = api.gss_acquire_cred_from.ok_or_else(unsupported)?;
@@ -311,9 +314,9 @@ impl Credential {
         let key_values = KeyValueSet { count: 1, elements: &entry };
         // SAFETY: all pointers are to locals or constants, or null.
         let acquired = api.call(|minor| unsafe {
-            acquire_from(minor, name, time, &mechanisms, usage, &key_values, handle, no_set, no_time)
+            acquire_from(minor, name, time, &mechanisms, usage, &key_values, handle, no_set, &mut lifetime)
         });
-        acquired.map(|()| Self(credential)).map_err(|error| with_path(error, path))
+        acquired.map(|()| (Self(credential), lifetime)).map_err(|error| with_path(error, path))
     }
 
     /// Accepts a context with the only token of an initiator. Ignores a delegated credential.

@@ -71,7 +71,7 @@ fn refused_methods_are_named_with_what_may_help() {
         (vec![none, password, gssapi], "(offered: none, password, gssapi)".into()),
         (vec![], format!("(offered: nothing; {login}, or run kinit, or {auth})")),
     ] {
-        let kind = ClientErrorKind::NoAcceptableMethod(offered);
+        let kind = ClientErrorKind::NoAcceptableMethod(offered, None);
         let error = ClientError { proxy: None, target: None, phase: Phase::Greeting, kind };
         assert_eq!(error.to_string(), format!("direct: greeting: no acceptable authentication method {remedy}"));
     }

@@ -21,7 +21,7 @@ fn missing_ticket_expired_ticket_and_unknown_service_are_named() {
     wait_for_expiry(&realm, &server, &short);
     let table: [([&str; 2], &[&str], &str); 3] = [
         (["--ccache", &none], &["kinit", "--ccache", &none], "No credentials cache found"),
-        (["--ccache", &short], &["login"], "Ticket expired"),
+        (["--ccache", &short], &["kinit", "--ccache"], "Ticket expired"),
         (
             ["--gssapi-service", "nosuch"],
             &["login", "Server nosuch/localhost@S5.TEST"],
@@ -38,6 +38,25 @@ fn missing_ticket_expired_ticket_and_unknown_service_are_named() {
     let message = "No Kerberos credentials available";
     assert_fails_with(&output, 67, &["proxy localhost:", message, &none, "kinit", "--ccache"]);
     assert_explains(message);
+}
+
+#[test]
+fn gssapi_that_cannot_work_does_not_keep_a_valid_password_from_working() {
+    let Some(realm) = realm() else { return };
+    let ((_dir, users), echo) = (users_file(&[("bob", "secret")]), echo_server().to_string());
+    let server = serve(&realm, &["--users", &users, "--auth", "gssapi,password"]);
+    let (by_ip, by_name, short) = (server.addr().to_string(), url(&server), path(&realm.file("short")));
+    kinit(&realm.file(""), "alice", "user.keytab", "short", "1s");
+    wait_for_expiry(&realm, &server, &short);
+    for (proxy, args) in [(&by_ip, &[][..]), (&by_name, &["--ccache", &short])] {
+        let hop = format!("bob:secret@{proxy}");
+        assert_hello(&hello(&mut any_client(&realm, "connect", &hop, &[args, &[&*echo]].concat())), &hop);
+    }
+    // Without a password, the error says why GSSAPI was not offered.
+    let words = ["offered: none; add user:password@", "Kerberos needs the host name of the proxy", "URL"];
+    assert_fails_with(&hello(&mut any_client(&realm, "connect", &by_ip, &[&echo])), 67, &words);
+    let relay = start(&realm, &["--via", &format!("bob:secret@{by_ip}")]);
+    assert_hello(&hello(s5().args(["connect", "-x", &relay.addr().to_string(), &echo])), "--via");
 }
 
 #[test]

@@ -100,7 +100,7 @@ fn proxy_at_unix_socket_or_ip_address_requires_gssapi_host() {
     let server = Server::start_with(realm.env(command.args(["serve", "--keytab", &keytab, "--listen", &listen])), 1);
     assert_hello(&connect(&realm, &listen, &["--gssapi-host", "localhost", &echo]), "unix");
     server.wait_log(|log| log.contains(&format!("from=unix user=\"{ALICE}\"")));
-    assert_fails_with(&connect(&realm, &listen, &[&echo]), 67, &["login", "--gssapi-host"]);
+    assert_fails_with(&connect(&realm, &listen, &[&echo]), 67, &["Kerberos needs the host name", "--gssapi-host"]);
 
     let server = serve(&realm, &[]);
     let proxy = server.addr().to_string();

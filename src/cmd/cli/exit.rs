@@ -165,7 +165,9 @@ impl From<ClientError> for CliError {
             }
             (Kind::Protocol(_), _) => (ExitStatus::PROTOCOL, true),
             (Kind::Closed(_), _) => (ExitStatus::PROTOCOL, false),
-            (Kind::NoAcceptableMethod(_) | Kind::LoginRefused | Kind::Gssapi(_), _) => (ExitStatus::LOGIN_FAILED, true),
+            (Kind::NoAcceptableMethod(..) | Kind::LoginRefused | Kind::Gssapi(_), _) => {
+                (ExitStatus::LOGIN_FAILED, true)
+            }
             (Kind::NoPeer(_), _) => (ExitStatus::REP_6, false),
             (Kind::Rep(rep), _) => {
                 let final_reps = [Rep::NOT_ALLOWED, Rep::COMMAND_NOT_SUPPORTED, Rep::ATYP_NOT_SUPPORTED];
