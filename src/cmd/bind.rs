@@ -94,17 +94,14 @@ async fn accept_peer(
     let has_deadline = connector.args.connect_timeout().is_some();
     if let Some(mut output) = output {
         let name = connector.args.address_file.as_deref().unwrap_or_default();
-        let error = |status, reason: &str| Err(CliError::new(status, format!("--address-file {name}: {reason}")));
+        let fail = |status, reason: &str| Err(CliError::new(status, format!("--address-file {name}: {reason}")));
         let own = (Instant::now() + FIFO_WRITE_TIMEOUT, FIFO_WRITE_TIMEOUT);
         let (deadline, limit) = client.deadline.filter(|_| has_deadline).map_or(own, |given| given.min(own));
         while let Err(cause) = output.write(&format!("{bound}\n")) {
             match cause.raw_os_error() == Some(Errno::NXIO.raw_os_error()) {
-                false => return error(ExitStatus::WRITE_STDOUT, &cause.to_string()),
+                false => return fail(ExitStatus::WRITE_STDOUT, &cause.to_string()),
                 true if Instant::now() < deadline => sleep(FIFO_RETRY_PAUSE).await,
-                true => {
-                    let reason = format!("no reader has opened the pipe within {limit:?}");
-                    return error(ExitStatus::TIMED_OUT, &reason);
-                }
+                _ => return fail(ExitStatus::TIMED_OUT, &format!("no reader has opened the pipe within {limit:?}")),
             }
         }
     }

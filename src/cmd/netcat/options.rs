@@ -246,7 +246,7 @@ pub struct ClientArgs {
     #[argh(switch, short = 'v')]
     pub(crate) verbose: u8,
 
-    /// print nothing on stderr, not even errors, except those of the command line
+    /// print nothing on stderr except usage errors
     #[argh(switch)]
     pub(crate) quiet: bool,
 

@@ -32,8 +32,7 @@ const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// or more, a single address has at most about 4/5 of all, and others find a place.
 const PEERS_PER_FREE_PLACE: usize = 4;
 
-/// Time without a datagram after which a peer is quiet. It loses its place if a new peer needs it: many programs, such as
-/// DNS resolvers, send each request from another port.
+/// Idle time after which a peer may lose its place: many programs, such as dig, send each request from another port.
 const QUIET_TIME: Duration = Duration::from_secs(2);
 
 /// All peers, each from its first datagram to the end of its association.
