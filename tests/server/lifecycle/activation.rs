@@ -66,11 +66,14 @@ fn sockets_of_systemd_are_used_and_their_names_are_in_the_log() {
         ];
         assert_eq!(listening, expected);
         let sessions = tcp.map(|addr: SocketAddr| greet_at(addr));
-        // Keepalive is set: proc_net_tcp(5) has the remote address and the timer, 02.
-        let table = fs::read_to_string(format!("/proc/{}/net/tcp", server.pid())).expect("the server runs");
+        // proc_net_tcp(5) has the remote address and the timer: 02 for keepalive, 01 until the client's kernel has
+        // acknowledged the reply.
         let client = format!(":{:04X} 01 ", sessions[0].local_addr().expect("local address").port());
-        let line = table.lines().find(|line| line.contains(&client)).expect("the connection");
-        assert!(line.split_whitespace().nth(5).is_some_and(|timer| timer.starts_with("02:")), "{line}");
+        wait_until("keepalive is set", TIMEOUT, || {
+            let table = fs::read_to_string(format!("/proc/{}/net/tcp", server.pid())).expect("the server runs");
+            let line = table.lines().find(|line| line.contains(&client)).expect("the connection");
+            line.split_whitespace().nth(5).is_some_and(|timer| timer.starts_with("02:"))
+        });
         let name = unix::SocketAddr::from_abstract_name(&abstract_name[1..]);
         let unix = [UnixStream::connect(&path), UnixStream::connect_addr(&name.expect("a name"))];
         for mut stream in unix.map(|stream| stream.expect("the listener accepts")) {
