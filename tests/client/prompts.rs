@@ -104,6 +104,11 @@ pub fn on_a_terminal(dir: &Path, command: &str) -> Command {
 
 /// Waits for the prompt and for echo to be off, then types a password.
 pub fn type_at_prompt(terminal: &mut RunningProgram, dir: &Path, prompt: &str, passwd: &str) {
+    wait_for_prompt(terminal, dir, prompt);
+    terminal.write(format!("{passwd}\n").as_bytes());
+}
+
+fn wait_for_prompt(terminal: &RunningProgram, dir: &Path, prompt: &str) {
     terminal.stdout(|shown| text(shown).contains(prompt));
     let tty = fs::read_to_string(dir.join("tty")).expect("file read");
     // The time includes the hashing of an unoptimised build.
@@ -111,7 +116,6 @@ pub fn type_at_prompt(terminal: &mut RunningProgram, dir: &Path, prompt: &str, p
         let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
         text(&settings.stdout).split_whitespace().any(|word| word == "-echo")
     });
-    terminal.write(format!("{passwd}\n").as_bytes());
 }
 
 #[test]
@@ -133,6 +137,29 @@ fn password_prompt_on_a_terminal_does_not_echo() {
         assert_eq!(status.code(), Some(0), "{shown}");
         assert_login(&proxy, "alice", b"topsecret");
         assert!(!shown.contains("topsecret") && shown.contains(payload), "{shown}");
+        assert!(shown.split_whitespace().any(|word| word == "echo"), "echo is still off: {shown}");
+    }
+}
+
+#[test]
+fn signal_at_the_password_prompt_restores_the_echo() {
+    if !is_installed("script") {
+        return;
+    }
+    let client = "sh -c 'echo $$ > pid; exec \"$S5\" connect -z -P alice -x 127.0.0.1:1 a:1'";
+    for signal in ["typed", "TERM"] {
+        let dir = temp_dir();
+        let command = format!("trap : INT; {client}; echo \"status $?\"; stty -a");
+        let mut terminal = RunningProgram::start(&mut on_a_terminal(dir.path(), &command));
+        wait_for_prompt(&terminal, dir.path(), "Password for alice at ");
+        let pid = fs::read_to_string(dir.path().join("pid")).expect("file read");
+        match signal {
+            "typed" => terminal.write(b"\x03"),
+            _ => assert!(Command::new("kill").args(["-s", signal, pid.trim()]).status().expect("kill runs").success()),
+        }
+        let shown = text(&terminal.stdout_end());
+        // The status is 67 if the tests run in the background of a shell, which ignores SIGINT.
+        assert!(shown.contains("status ") && !shown.contains("status 0"), "{shown}");
         assert!(shown.split_whitespace().any(|word| word == "echo"), "echo is still off: {shown}");
     }
 }

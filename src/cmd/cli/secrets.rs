@@ -1,15 +1,36 @@
 //! Removes passwords from messages, and from the arguments and the environment of the process. Before that, ps(1) shows
 //! the arguments.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::thread::Builder;
+
+use nix::sys::signal::{SigSet, Signal, raise};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 const FILLER: u8 = b'x';
 /// Fields arg_start and env_start of proc_pid_stat(5). The end of the memory is the next field.
 const ARG_START_FIELD: usize = 48;
 const ENV_START_FIELD: usize = 50;
+
+/// Reads a password from the terminal without echo. A signal that ends s5 restores the terminal first.
+pub(crate) fn prompt_password(prompt: &str) -> io::Result<String> {
+    let tty = File::open("/dev/tty")?;
+    let settings = tcgetattr(&tty)?;
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
+    // rpassword itself raises the SIGINT of Ctrl-C, which then ends s5 after the prompt.
+    signals.thread_block()?;
+    Builder::new().spawn(move || {
+        let signal = signals.wait()?;
+        tcsetattr(&tty, OptionalActions::Now, &settings)?;
+        signals.thread_unblock().and_then(|()| raise(signal)).map_err(io::Error::from)
+    })?;
+    let passwd = rpassword::prompt_password(prompt);
+    signals.thread_unblock()?;
+    passwd
+}
 
 /// Returns `arg` with `…` instead of the text before its last `@`. A scheme and a quote are kept.
 pub(crate) fn without_userinfo(arg: &str) -> String {

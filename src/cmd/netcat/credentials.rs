@@ -15,7 +15,7 @@ use super::proxies::env_var;
 use crate::client::{Proxy, check_credentials};
 use crate::cmd::cli::argv::with_typed_names;
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line, escape};
-use crate::cmd::cli::text_file;
+use crate::cmd::cli::{secrets, text_file};
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
 const MAX_FILE_SIZE: u64 = 1 << 20;
@@ -160,7 +160,7 @@ fn prompt_password(hop: &Proxy, uname: &[u8], args: &ClientArgs) -> CliResult<Ve
         let is_stdin_unused = args.zero_io || args.recv_only || args.pass_fd || args.listen.is_some() || has_program;
         // If stdin is the terminal, its input belongs to the tunnel.
         if (is_stdin_unused || !io::stdin().is_terminal())
-            && let Ok(passwd) = rpassword::prompt_password(&prompt)
+            && let Ok(passwd) = secrets::prompt_password(&prompt)
         {
             return Ok(passwd.into_bytes());
         }

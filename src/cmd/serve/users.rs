@@ -105,8 +105,8 @@ fn read_new_password(name: &str) -> CliResult<String> {
         // A byte order mark comes from editors and shells on Windows.
         return Ok(line.trim_start_matches('\u{feff}').trim_end_matches(['\r', '\n']).into());
     }
-    let first = rpassword::prompt_password(escape(&format!("Password for {name}: "))).map_err(read_error)?;
-    let again = rpassword::prompt_password("Repeat the password: ").map_err(read_error)?;
+    let first = secrets::prompt_password(&escape(&format!("Password for {name}: "))).map_err(read_error)?;
+    let again = secrets::prompt_password("Repeat the password: ").map_err(read_error)?;
     let mismatch = "the passwords do not match; the users file is unchanged";
     if first == again { Ok(first) } else { Err(CliError::new(ExitStatus::FAILURE, mismatch)) }
 }
