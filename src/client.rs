@@ -72,7 +72,7 @@ pub struct Client {
     progress: Cell<Progress>,
 }
 
-/// A ticket, and the name of the service that it is for.
+/// A ticket, and the name of the service to use it for.
 type Ticket = (Arc<Credential>, String);
 
 /// How far a handshake is.
@@ -293,8 +293,8 @@ impl Client {
         }
     }
 
-    /// Returns a Kerberos ticket, and the name of the service of `hop`, if GSSAPI may be offered. They may be missing
-    /// unless only GSSAPI is requested: then returns the reason, if another ticket is no remedy.
+    /// Returns a Kerberos ticket and the name of the service of `hop`, if GSSAPI may be offered. A missing ticket is an
+    /// inner `Err`, with the reason if kinit is no remedy, or an outer one if only GSSAPI is requested.
     async fn ticket(&self, hop: &Proxy) -> Result<Result<Ticket, Option<GssapiError>>, ClientErrorKind> {
         let methods = self.options.methods.as_deref();
         let is_possible = methods.is_none_or(|methods| methods.contains(&Method::GSSAPI));

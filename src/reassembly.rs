@@ -84,7 +84,7 @@ impl Reassembler {
         }
     }
 
-    /// Returns how many fragmented datagrams are lost at the end, when no further fragment can complete the one in the queue.
+    /// Returns the number of fragmented datagrams that were lost, including the one in the queue. Call it at the end.
     pub fn lost_count(&self) -> u64 {
         self.lost_count + u64::from(self.sequence.is_some())
     }

@@ -75,7 +75,7 @@ pub use restart::{RESTART_HELPER, report_failed_start, run_restart_helper};
 pub use run_as::RunAs;
 pub use sandbox::close_inherited_descriptors;
 pub use shares::ClientKey;
-pub use startup::{ServerError, add_own_addrs, check};
+pub use startup::{ServerError, check, set_server_addrs};
 use startup::{check_open_relay, check_outbound, ipv6_only, open_listeners, open_metrics, prepare};
 use state::Server;
 use terminal::Terminal;

@@ -41,7 +41,7 @@ pub(crate) struct LossCounts {
     pub incomplete: u64,
     /// Malformed datagrams, and datagrams that are not from the relay.
     pub invalid: u64,
-    /// Not from the target, and not accepted.
+    /// Datagrams that are not from the target.
     pub foreign: u64,
     /// Dropped by the kernel because the socket's receive buffer was full.
     pub overflowed: u64,
@@ -139,7 +139,7 @@ impl Association {
     }
 
     /// Returns true if a datagram from this address may be from the target, and counts it as lost otherwise. Only the
-    /// proxy may know the addresses of a name, and its own.
+    /// proxy may know the addresses of a name, and those that 0.0.0.0 stands for.
     pub fn accept_sender(&self, from: &Addr) -> bool {
         let is_accepted = match (&self.target, &self.dst.host) {
             (Some(target), _) => target.contains(from),

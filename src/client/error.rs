@@ -66,8 +66,8 @@ pub enum ClientErrorKind {
     Protocol(String),
     /// The proxy closed the connection (`None`), or reading or writing failed.
     Closed(Option<io::Error>),
-    /// The offered methods, none of which the proxy accepts. Empty if the client has none to offer. And the reason why
-    /// GSSAPI is not one of them, if another ticket is no remedy.
+    /// The offered methods, none of which the proxy accepts; empty if there are none to offer. Then the reason why
+    /// GSSAPI was not offered, if kinit is no remedy.
     NoAcceptableMethod(Vec<Method>, Option<gssapi::GssapiError>),
     LoginRefused,
     Gssapi(gssapi::GssapiError),

@@ -20,7 +20,7 @@ use crate::conn::Conn;
 use crate::net::sleep;
 use crate::proto::{Addr, Command, Host};
 
-/// Time limit for writing the bound address to a named pipe that has no reader yet. `-w` may be shorter.
+/// Time limit for writing the bound address to a named pipe that has no reader yet. `-w` can shorten it.
 const FIFO_WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 const FIFO_RETRY_PAUSE: Duration = Duration::from_millis(50);
 
@@ -95,8 +95,8 @@ async fn accept_peer(
     if let Some(mut output) = output {
         let name = connector.args.address_file.as_deref().unwrap_or_default();
         let fail = |status, reason: &str| Err(CliError::new(status, format!("--address-file {name}: {reason}")));
-        let own = (Instant::now() + FIFO_WRITE_TIMEOUT, FIFO_WRITE_TIMEOUT);
-        let (deadline, limit) = client.deadline.filter(|_| has_deadline).map_or(own, |given| given.min(own));
+        let default = (Instant::now() + FIFO_WRITE_TIMEOUT, FIFO_WRITE_TIMEOUT);
+        let (deadline, limit) = client.deadline.filter(|_| has_deadline).map_or(default, |given| given.min(default));
         while let Err(cause) = output.write(&format!("{bound}\n")) {
             match cause.raw_os_error() == Some(Errno::NXIO.raw_os_error()) {
                 false => return fail(ExitStatus::WRITE_STDOUT, &cause.to_string()),

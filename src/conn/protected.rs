@@ -119,7 +119,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ProtectedStream<S> {
         Self { inner, protection, received: Vec::new(), unwrapped: VecDeque::new(), outgoing: VecDeque::new() }
     }
 
-    /// Does not consider `inner`, and neither does [`Self::has_unread`].
+    /// Ignores `inner`, like [`Self::has_unread`].
     pub(super) fn has_unflushed(&self) -> bool {
         !self.outgoing.is_empty()
     }

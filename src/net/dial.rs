@@ -337,13 +337,13 @@ struct Linger2;
 
 setsockopt_impl!(Linger2, libc::IPPROTO_TCP, libc::TCP_LINGER2, i32, SetStruct<'_, i32>);
 
-/// The option SO_MEMINFO: memory in use, in bytes. The last value is that of the send queue.
+/// The option SO_MEMINFO, in bytes. The sixth value is the send queue (SK_MEMINFO_WMEM_QUEUED).
 #[derive(Clone, Copy)]
 struct MemInfo;
 
 getsockopt_impl!(MemInfo, libc::SOL_SOCKET, libc::SO_MEMINFO, [u32; 6], GetStruct<[u32; 6]>);
 
-/// Returns the memory of the data that the peer has not acknowledged, in bytes. 0 for a Unix socket: its peer has all.
+/// Returns the memory of the data that the peer has not acknowledged, in bytes. 0 for a Unix socket.
 pub fn send_queue(socket: &impl AsFd) -> u32 {
     MemInfo.get(&socket.as_fd()).map_or(0, |[.., queue]| queue)
 }

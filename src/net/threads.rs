@@ -84,7 +84,7 @@ impl<S: Default> ThreadPool<S> {
     }
 
     fn work(&self) {
-        // Of this thread alone. Without the permission, it is as it was.
+        // Applies to this thread alone. A failure is harmless.
         let _ = self.has_low_priority.then(|| setpriority_process(None, NICENESS));
         let mut state = S::default();
         while let Some(job) = self.next() {

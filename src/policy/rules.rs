@@ -172,7 +172,7 @@ impl Rules {
         self.deciding_rules(request).into_iter().any(|rule| rule.targets().any(is_net))
     }
 
-    /// Returns the rules that may still decide, in order, up to one that decides about all targets.
+    /// Returns the rules that may still decide, in order, up to the first one that decides about all targets.
     fn deciding_rules(&self, request: &AccessRequest<'_>) -> Vec<&Rule> {
         let mut rules = self.possible_rules(request);
         let decides_all = |rule: &&Rule| {

@@ -17,8 +17,8 @@ const V2_FIXED_LEN: usize = 16;
 /// The client that a load balancer forwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProxyHeader {
-    /// The client's address, canonical; the port may be 0. `None` if the balancer connects for itself, such as for a health check, or if its
-    /// client has no IP address.
+    /// The client's address, canonical; the port may be 0. `None` if the balancer connects for itself, such as for a
+    /// health check, or if its client has no IP address.
     pub client: Option<SocketAddr>,
 }
 

@@ -22,7 +22,7 @@ use crate::values::{
 pub struct ServeArgs {
     /// listen here (repeatable) [default: 1080, loopback]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (127.0.0.1 and ::1),
     /// *:PORT (all addresses) or unix:/PATH. 0.0.0.0:PORT accepts only IPv4, and \[::\]:PORT only IPv6. An address
-    /// family that the host does not have is skipped. Addresses of a name that other hosts have are skipped with a
+    /// family that the host does not have is skipped. If HOST is a name, s5 skips its addresses of other hosts with a
     /// warning. A link-local address has a zone, as in \[fe80::1%eth0\]:1080. With port 0 the kernel chooses the port,
     /// and s5 logs it. PORT can be the name of a service. A Unix socket that no process uses is replaced; one in use is
     /// an error. The umask sets the permissions of its file. Its clients send and receive datagrams at 127.0.0.1. If a
@@ -325,7 +325,7 @@ fn parse_family(text: &str) -> Result<bool, String> {
     parse_choice(text, [("4", true), ("6", false)])
 }
 
-/// Parses an address that can belong to a host.
+/// Parses a unicast address.
 fn parse_host_ip(text: &str) -> Result<IpAddr, String> {
     let ip = text.parse().ok().filter(|ip: &IpAddr| is_unicast(ip.to_canonical()));
     ip.ok_or_else(|| "expected the IP address of a host".into())

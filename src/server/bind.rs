@@ -160,7 +160,7 @@ struct ExpectedPeer {
 }
 
 impl ExpectedPeer {
-    /// `addrs` are those of a name. Resolves the zone of an address.
+    /// `addrs` are those of DST if it is a name. Resolves the zone of an address.
     async fn resolve(session: &Session, dst: &Addr, mut addrs: Vec<SocketAddr>) -> SessionResult<Self> {
         let literal = match &dst.host {
             Host::Ip(ip) => Some(*ip),

@@ -50,8 +50,8 @@ pub(super) fn descriptors(limit: u64, listeners: u64) -> u64 {
     if listeners == 0 { 0 } else { 2 * listeners + (limit / 32).min(MAX_CONNECTIONS as u64) + 2 }
 }
 
-/// Starts the thread if there are listeners. It serves from the time that `server` is set until the process ends, or
-/// another one replaces it: then `replaced` is closed.
+/// Starts the thread if there are listeners. It serves as soon as `server` is set, until the process ends or `replaced`
+/// is closed, because another process replaces this one.
 pub(super) fn start(
     listeners: &[Arc<Listener>],
     server: StartedServer,

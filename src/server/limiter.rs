@@ -37,7 +37,7 @@ pub(super) struct Limiter {
     users: Users,
 }
 
-/// The users with sessions, each with the token bucket that these share. It has a reference for each session.
+/// The token bucket of each user. Each session holds a reference to it, which counts the session.
 type Users = Mutex<HashMap<Box<[u8]>, Weak<Option<Arc<TokenBucket>>>>>;
 
 /// The rate limits of one session, and its count against its user.
@@ -97,7 +97,7 @@ impl Limiter {
         if let Err(limit) = assigned {
             counters::count(Counter::Refused);
             let client = client.map_or("unix".into(), |client| client.ip().to_string());
-            let is_of_all = options.max_per_client.is_some_and(|own| own != limit);
+            let is_of_all = options.max_per_client.is_some_and(|max| max != limit);
             let option = if is_of_all { "--max-connections" } else { "--max-per-client" };
             warn(|| format!("client {client}: refused: limit of {limit} connections reached (raise {option})"));
         }

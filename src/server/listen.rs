@@ -100,7 +100,7 @@ impl ListenAddr {
         })
     }
 
-    /// Binds the addresses of this machine; there must be one. An error has the address that it is about.
+    /// Binds the addresses that this machine has; fails if there are none. An error names its address.
     pub(super) fn bind(&self) -> Result<Vec<Listener>, (String, io::Error)> {
         let name_self = |error| (self.to_string(), error);
         if let Self::Unix(path) = self {
@@ -132,8 +132,8 @@ impl ListenAddr {
 }
 
 /// Binds each address. With port 0, all get the port that the kernel chooses for the first one. Without a backlog, an
-/// address may be in use. Also returns the addresses that are not of this machine, if there are others: of a family that
-/// it does not have, or with a warning.
+/// address may be in use. Also returns the addresses that this machine does not have, and warns of them if it has
+/// the family. Fails if it has none of them.
 fn bind_all(addrs: &[SocketAddr], backlog: Option<i32>) -> Result<(Vec<Listener>, Vec<IpAddr>), (String, io::Error)> {
     let (mut listeners, mut skipped) = (Vec::<Listener>::new(), Vec::new());
     let mut unavailable = ("the name".to_owned(), io::ErrorKind::AddrNotAvailable.into());

@@ -17,14 +17,14 @@ const LOOPBACK_MTU: u32 = 65_536;
 
 /// Returns the local address, with port 0, at which `peer` can reach the listener of BIND: the one on the route to it.
 /// The session's client has connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that
-/// family: one on this host if the client is, else the default route leads to it. If this host does not have that family,
-/// the peer has the family of the client.
+/// family: one on this host if the client is, else the default route leads to it. If this host lacks that family, the
+/// family of the client is used.
 pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: SocketAddr) -> io::Result<SocketAddr> {
     let (v4, v6): (IpAddr, IpAddr) = (Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into());
     let (loopback, other) = if peer.is_ipv4() { (v4, v6) } else { (v6, v4) };
     let is_missing = |ip| peer.ip().is_unspecified() && route_source(SocketAddr::new(ip, 0)).is_err();
-    let of_unix = || SocketAddr::new(if is_missing(loopback) { other } else { loopback }, 0);
-    let control = with_port(control.unwrap_or_else(of_unix), 0);
+    let unix_control = || SocketAddr::new(if is_missing(loopback) { other } else { loopback }, 0);
+    let control = with_port(control.unwrap_or_else(unix_control), 0);
     let is_same_family = control.is_ipv4() == peer.is_ipv4();
     let is_client_local = control.ip().is_loopback();
     let mut target = peer;

@@ -51,7 +51,7 @@ pub struct AccessLog {
     pub open: fn(&Path) -> io::Result<File>,
     /// Returns the error of `open`, but creates no file.
     pub check: fn(&Path) -> io::Result<()>,
-    /// Returns the path that `open` opens: without symbolic links.
+    /// Returns the path of the file that `open` opens, without symbolic links.
     pub resolve: fn(&Path) -> io::Result<PathBuf>,
 }
 

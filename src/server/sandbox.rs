@@ -157,7 +157,7 @@ fn denied(files: &[PathBuf]) -> impl Iterator<Item = &Path> {
     files.iter().map(PathBuf::as_path).filter(is_regular).filter(is_denied)
 }
 
-/// Returns the remedy after a reload that has failed, if Landlock is the reason: access(2) ignores it.
+/// Returns the remedy for a failed reload if Landlock is the reason: access(2) ignores Landlock.
 pub(super) fn reload_remedy(files: &[PathBuf]) -> String {
     let file = denied(files).find(|file| access(*file, Access::READ_OK).is_ok());
     let remedy = "is not in the directory that it was in at the start: restart the server, see SANDBOX in the manual";

@@ -142,9 +142,9 @@ impl SharedPorts {
         .await;
     }
 
-    /// Hands a datagram over to the association that it belongs to, if it has one. The port of the datagram becomes that
-    /// of an unprotected association. Protected ones are tried in turn, oldest first, because only unwrapping shows
-    /// whether the datagram belongs to one: `tried` has just failed. Returns false if there is none to try.
+    /// Hands a datagram over to an association. An unprotected one gets the port of the datagram. Protected ones are
+    /// tried in turn, oldest first, because only unwrapping shows whose datagram it is. `tried` has just failed.
+    /// Returns false if there is none to try.
     fn hand_over(&self, key: GroupKey, from: SocketAddr, bytes: &[u8], tried: Option<&Arc<Member>>) -> bool {
         let is_protected = Frame::datagram_token(&mut bytes.to_vec()).is_some();
         if from.ip() != key.1 || !is_protected && Datagram::decode(bytes).is_err() {
@@ -168,7 +168,7 @@ impl Member {
     /// Returns how well the association fits to a datagram from this port, lower is better; `None`: not at all.
     fn rank(&self, port: u16) -> Option<u8> {
         let rank = match self.port.load(Ordering::Relaxed) {
-            own if own == port => 0,
+            current if current == port => 0,
             0 => 1,
             _ if self.accepts_other_ports.load(Ordering::Relaxed) => 2,
             _ => return None,

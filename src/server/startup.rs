@@ -53,8 +53,8 @@ pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError
     check(&path).map_err(|error| ServerError::AccessLog(path, error))
 }
 
-/// Adds the addresses that a server with these options would have, without opening a port.
-pub fn add_own_addrs(policy: &mut Policy, options: &Options) {
+/// Sets the addresses that a server with these options would have, without opening a port.
+pub fn set_server_addrs(policy: &mut Policy, options: &Options) {
     let resolve = |listen: &ListenAddr| listen.resolve().unwrap_or_default();
     policy.metrics_addrs = options.metrics.iter().flat_map(resolve).collect();
     policy.listen_addrs = options.inherited.iter().flat_map(Listener::addrs).collect();
@@ -114,8 +114,8 @@ fn listen_error(addr: impl Display, error: io::Error, option: &str) -> ServerErr
     ServerError::Io(format!("listen on {addr}"), with_remedy)
 }
 
-/// Returns the addresses that a start binds. Fails as bind(2) would, also if address and port conflict with one of `others`, or if
-/// the path of a Unix socket is one of `before`.
+/// Returns the addresses that a start would bind. Fails as bind(2) would, also if address and port conflict with one of
+/// `others`, or if the path of a Unix socket is one of `before`.
 fn check_listen<'a>(
     listen: &ListenAddr,
     option: &str,

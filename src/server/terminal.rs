@@ -30,7 +30,7 @@ fn open_terminal() -> io::Result<()> {
     open("/dev/tty", OFlags::RDONLY | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).map(drop)
 }
 
-/// Returns true if the process ignores a signal, as nohup(1) or a shell has set. Call it before the signal is handled.
+/// Returns true if nohup(1) or a shell has set the process to ignore a signal. Call it before a handler is installed.
 pub fn is_ignored(signal: Signal) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -15,7 +15,7 @@ const FILLER: u8 = b'x';
 const ARG_START_FIELD: usize = 48;
 const ENV_START_FIELD: usize = 50;
 
-/// Reads a password from the terminal without echo. A signal that ends s5 restores the terminal first.
+/// Reads a password from the terminal without echo. If a signal ends s5, the echo is restored first.
 pub(crate) fn prompt_password(prompt: &str) -> io::Result<String> {
     let tty = File::open("/dev/tty")?;
     let settings = tcgetattr(&tty)?;

@@ -182,8 +182,8 @@ pub struct ClientArgs {
     #[argh(switch, short = 'd')]
     pub(crate) recv_only: bool,
 
-    /// do not write to stdout. s5 exits at most 5s after stdin has ended. While the next hop still accepts data, it waits
-    /// longer. If the next hop stops, the exit status is 55.
+    /// do not write to stdout. s5 exits at most 5s after stdin has ended, but waits longer while the next hop accepts
+    /// data. If the next hop stops accepting data, the exit status is 55.
     #[argh(switch)]
     pub(crate) send_only: bool,
 
@@ -231,14 +231,14 @@ pub struct ClientArgs {
     #[argh(switch, short = 'k')]
     pub(crate) keep_open: bool,
 
-    /// with -l, limit concurrent peers [default: 256]. A further peer replaces one that is idle for more than 2 s. If there
-    /// is none, its datagrams are dropped. If N is 5 or more, one IP address (IPv6: a /64) has at most about 4/5 of them.
+    /// with -l, limit concurrent peers [default: 256]. A new peer replaces one that was idle for over 2s. If there is
+    /// none, its datagrams are dropped. If N is 5 or more, an IP address (IPv6: a /64) has at most about 4/5 of N.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "DEFAULT_MAX_PEERS")]
     pub(crate) max_peers: usize,
 
     /// write the bound address to FILE or fd:N. s5 removes an existing file at its start, and writes the new file
-    /// atomically. FILE may be a named pipe, whose reader must open it within the time of -w, at most 60s. s5 closes a descriptor after the
-    /// write.
+    /// atomically. FILE may be a named pipe. Its reader must open it within the time of -w, at most 60s. s5 closes a
+    /// descriptor after the write.
     #[argh(option, arg_name = "FILE")]
     pub(crate) address_file: Option<String>,
 

@@ -32,14 +32,14 @@ enum StdioEnd {
     Blocking(BlockingFile),
 }
 
-/// Two pools: a read that waits must not take the only thread that can be started.
+/// Two pools: a write must not wait behind a read if only one thread can be started.
 static STDIN_THREAD: ThreadPool<()> = ThreadPool::new("s5-stdin", 1, false);
 static STDOUT_THREAD: ThreadPool<()> = ThreadPool::new("s5-stdout", 1, false);
 
-/// A descriptor whose reads and writes block, even if another process has set O_NONBLOCK. Each runs on another thread.
+/// A descriptor whose reads and writes block on a thread, even if another process has set O_NONBLOCK.
 pub(crate) struct BlockingFile {
     file: Arc<File>,
-    /// Returns the data that was read; `None` if there is no thread.
+    /// The current read or write. Returns the data that was read; `None` if no thread can be started.
     call: Option<Boxed<Option<io::Result<Vec<u8>>>>>,
     unread: Cursor<Vec<u8>>,
     /// Set after a read of 0 bytes: the next read of a terminal would wait again.
@@ -55,12 +55,12 @@ impl BlockingFile {
         let Some(call) = &mut self.call else { return Poll::Ready(Ok(Vec::new())) };
         let result = ready!(call.as_mut().poll(cx));
         self.call = None;
-        let problem = "no thread can be started (raise the limit of processes, ulimit -u)";
-        Poll::Ready(result.unwrap_or_else(|| Err(io::Error::other(problem))))
+        let error = "no thread can be started (raise the limit of processes, ulimit -u)";
+        Poll::Ready(result.unwrap_or_else(|| Err(io::Error::other(error))))
     }
 }
 
-/// Calls `op` until the descriptor is ready.
+/// Repeats `op` while it returns `WouldBlock`.
 fn retry_when_ready<T>(file: &File, flags: PollFlags, mut op: impl FnMut(&File) -> io::Result<T>) -> io::Result<T> {
     let mut result = op(file);
     while result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
@@ -89,7 +89,7 @@ impl AsyncRead for BlockingFile {
     }
 }
 
-/// The flush returns the error of a write.
+/// The next write or flush returns the error of a write.
 impl AsyncWrite for BlockingFile {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.as_mut().poll_flush(cx))?;
@@ -104,7 +104,6 @@ impl AsyncWrite for BlockingFile {
             }
             Ok(data)
         })));
-        // Starts the call.
         let started = self.poll_call(cx).map_ok(|_| buf.len());
         if started.is_pending() { Poll::Ready(Ok(buf.len())) } else { started }
     }

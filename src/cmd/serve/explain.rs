@@ -13,13 +13,13 @@ use crate::net::{Unlimited, canonical, parse_literal, reactor, timeout_at};
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 use crate::policy::{Policy, is_reachable};
 use crate::proto::{Addr, Host};
-use crate::server::{Options, add_own_addrs, is_local};
+use crate::server::{Options, is_local, set_server_addrs};
 
 const COMMENT_COLUMN: usize = 48;
 
 /// Prints all rules in order of evaluation, each with its origin.
 pub(super) fn show(mut policy: Policy, options: &Options) -> CliResult {
-    add_own_addrs(&mut policy, options);
+    set_server_addrs(&mut policy, options);
     let mut text = String::new();
     let mut add = |rule: &str, origin: &str| text += &format!("{rule:COMMENT_COLUMN$}  # {origin}\n");
     for rule in policy.rules.in_display_order() {
@@ -27,13 +27,13 @@ pub(super) fn show(mut policy: Policy, options: &Options) -> CliResult {
             add(&rule.text(), &rule.origin());
             continue;
         }
-        let own: Vec<SocketAddr> = policy.listen_addrs.iter().chain(&policy.metrics_addrs).copied().collect();
-        let advertised = policy.advertised_ips.iter().flat_map(|ip| own.iter().map(|addr| (*ip, addr.port()).into()));
+        let all: Vec<SocketAddr> = policy.listen_addrs.iter().chain(&policy.metrics_addrs).copied().collect();
+        let advertised = policy.advertised_ips.iter().flat_map(|ip| all.iter().map(|addr| (*ip, addr.port()).into()));
         let rule_text = |addr: SocketAddr| match addr.ip().is_unspecified() {
             true => format!("deny to=(any address of this host) port={}", addr.port()),
             false => format!("deny to={} port={}", addr.ip(), addr.port()),
         };
-        let (rules, mut seen) = (own.iter().copied().chain(advertised).map(rule_text), HashSet::new());
+        let (rules, mut seen) = (all.iter().copied().chain(advertised).map(rule_text), HashSet::new());
         for rule in rules.filter(|rule| seen.insert(rule.clone())) {
             add(&rule, "built in, own listener");
         }
@@ -44,7 +44,7 @@ pub(super) fn show(mut policy: Policy, options: &Options) -> CliResult {
 
 /// Prints the deciding rule for the name and for each address. Fails with status 1 if the request is denied.
 pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> CliResult {
-    add_own_addrs(&mut policy, options);
+    set_server_addrs(&mut policy, options);
     let query =
         ExplainedRequest::parse(request, &policy).map_err(|error| CliError::usage(format!("--explain: {error}")))?;
     let mut explanation = Explanation { policy: &policy, options, query: &query, text: format!("request {query}\n") };
@@ -110,7 +110,7 @@ impl Explanation<'_> {
         }
     }
 
-    /// Returns false if a hop resolves the name of a request of BIND.
+    /// Returns false for a BIND whose name the hop resolves.
     fn needs_addrs(&self, request: &AccessRequest<'_>) -> bool {
         let has_hop = self.policy.rules.only_route(request).is_some_and(|route| route.hop.is_some());
         !has_hop || self.policy.rules.depends_on_address(request)

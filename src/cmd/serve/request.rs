@@ -28,7 +28,7 @@ pub(super) struct ExplainedRequest {
     level: ProtectionLevel,
     command: Command,
     pub(super) to: Option<Addr>,
-    /// The port of `to` is known, also if it is 0. Port 0 of BIND stands for any port.
+    /// Set if the port of `to` is known, even if it is 0. Port 0 of BIND means any port.
     has_port: bool,
     /// The address of the target that a log line has. Its port counts if that of the target is 0.
     pub(super) addr: Option<SocketAddr>,

@@ -1,5 +1,5 @@
 //! `s5 udp -l`: forwards datagrams from a local port to the target through the proxy. Each local peer gets an
-//! association, which ends after the idle timeout, or when a new peer needs its place.
+//! association, which ends after the idle timeout, or when a new peer needs its slot.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -29,11 +29,11 @@ const MIN_INTERVAL: Duration = Duration::from_secs(1);
 const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// One IP address (IPv6: a /64) has at most this many peers for each peer that is still possible. If `--max-peers` is 5
-/// or more, a single address has at most about 4/5 of all, and others find a place.
-const PEERS_PER_FREE_PLACE: usize = 4;
+/// or more, a single address has at most about 4/5 of all, and others find a slot.
+const PEERS_PER_FREE_SLOT: usize = 4;
 
-/// Idle time after which a peer may lose its place: many programs, such as dig, send each request from another port.
-const QUIET_TIME: Duration = Duration::from_secs(2);
+/// Idle time after which a peer can be replaced: many programs, such as dig, send each request from another port.
+const MIN_IDLE_TIME: Duration = Duration::from_secs(2);
 
 /// All peers, each from its first datagram to the end of its association.
 type Peers = HashMap<SocketAddr, Peer>;
@@ -98,22 +98,22 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> CliResult {
     executor.run(accept_datagrams).await
 }
 
-/// Returns true if there is a place for a new peer with this IP address. If not, the quiet peer that has been idle longest
-/// loses its place: one of this address, or, if there are `max_peers`, of the address with most.
+/// Returns true if there is a slot for a new peer with this IP address. If necessary, removes the peer that is idle
+/// longest: one of this address, or, if there are `max_peers`, of the address with most.
 fn make_room(peers: &mut Peers, ip: IpAddr, max_peers: usize) -> bool {
     let mut counts: HashMap<ClientKey, usize> = HashMap::new();
     peers.keys().for_each(|peer| *counts.entry(ClientKey::new(Some(peer.ip()))).or_default() += 1);
     let count = |key| counts.get(&key).copied().unwrap_or(0);
     let (key, free) = (ClientKey::new(Some(ip)), max_peers.saturating_sub(peers.len()));
-    if free > 0 && count(key) < free.saturating_mul(PEERS_PER_FREE_PLACE) {
+    if free > 0 && count(key) < free.saturating_mul(PEERS_PER_FREE_SLOT) {
         return true;
     }
-    let quiet = peers.iter().filter_map(|(addr, peer)| {
+    let idle = peers.iter().filter_map(|(addr, peer)| {
         let (other, idle) = (ClientKey::new(Some(addr.ip())), peer.last_activity.upgrade()?.get().elapsed());
-        let may_lose = idle > QUIET_TIME && (other == key || free == 0 && count(other) > count(key));
-        may_lose.then_some((count(other), idle, *addr))
+        let is_replaceable = idle > MIN_IDLE_TIME && (other == key || free == 0 && count(other) > count(key));
+        is_replaceable.then_some((count(other), idle, *addr))
     });
-    quiet.max().is_some_and(|(_, _, addr)| peers.remove(&addr).is_some())
+    idle.max().is_some_and(|(_, _, addr)| peers.remove(&addr).is_some())
 }
 
 /// Opens an association for a peer, and after an error another one if the peer sends again.
@@ -148,7 +148,7 @@ async fn serve_peer(
             break;
         }
     }
-    // If the queue is closed, the peer has been removed, and may be a new one already.
+    // After the queue was closed, the entry may be that of a new peer with the same address.
     if !datagrams.is_closed() {
         peers.borrow_mut().remove(&peer);
     }

@@ -94,9 +94,9 @@ impl Rule {
     /// Returns whether a login with one of these methods can match.
     pub fn matches_any(&self, accepted: &[Method]) -> bool {
         let Conditions { methods, levels, .. } = &*self.conditions;
-        let has_none = levels.is_empty() || levels.contains(&ProtectionLevel::None);
+        let allows_unprotected = levels.is_empty() || levels.contains(&ProtectionLevel::None);
         let mut possible = accepted.iter().filter(|method| methods.is_empty() || methods.contains(method));
-        possible.any(|method| has_none || *method == Method::GSSAPI)
+        possible.any(|method| allows_unprotected || *method == Method::GSSAPI)
     }
 
     /// Returns the addresses of `outbound=`.

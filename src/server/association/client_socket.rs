@@ -150,11 +150,11 @@ impl ClientSocket {
         protection.unwrap_datagram(&mut bytes.to_vec()).map(Cow::Owned)
     }
 
-    /// Hands a datagram that was not accepted over to the next association that shares the port, unless it is from the
-    /// port of this one. Returns false if it is lost.
+    /// Hands over a datagram that was not accepted to the next association that shares the port, unless it is from the
+    /// client of this one. Returns false if it is lost.
     pub(super) fn pass_on(&self, from: SocketAddr, bytes: &[u8]) -> bool {
-        let is_own = self.is_port_fixed && from == self.addr;
-        self.membership.as_ref().is_some_and(|membership| !is_own && membership.pass_on(from, bytes))
+        let is_from_client = self.is_port_fixed && from == self.addr;
+        self.membership.as_ref().is_some_and(|membership| !is_from_client && membership.pass_on(from, bytes))
     }
 
     /// Returns the destination of answers: `None` for the address that the socket is connected to.

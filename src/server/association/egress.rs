@@ -64,8 +64,8 @@ impl Egress {
         self.upstreams.iter_mut().find(|upstream| upstream.route == route)
     }
 
-    /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent, and an error if
-    /// the only possible route could not be opened. One that has closed is opened again by the next datagram.
+    /// Notices upstreams that have opened, failed or closed. Returns the number of waiting bytes sent. Fails if the
+    /// only possible route could not be opened. The next datagram reopens an upstream that has closed.
     pub(super) fn poll_upstreams(&mut self, session: &mut Session, cx: &mut Context<'_>) -> Result<usize, String> {
         let mut sent = 0;
         for upstream in &mut self.upstreams {

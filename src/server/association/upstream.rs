@@ -37,7 +37,7 @@ pub(super) struct Upstream {
     pub(super) dropped: usize,
     /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
     pub(super) has_sent_to_names: bool,
-    /// For its descriptors. Empty if the association is counted with them, because it was the only route.
+    /// Guards of its descriptors. Empty for the only route: the association's guards include them.
     shares: Option<Vec<ExtraGuard>>,
 }
 

@@ -108,7 +108,7 @@ fn allowed(options: &Options) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
             (Ok(file), Ok(metadata)) if !metadata.is_file() => all.push((file, write)),
             // A pipe without a path, such as /dev/stdout. Landlock does not restrict it.
             (Err(_), Ok(_)) => {}
-            // A new file has no rule of its own. After a rotation, it may be at the place of a link.
+            // No rule can name a new file. After a rotation, it may replace a link.
             (_, _) => {
                 let files = (log.resolve)(&log.path).into_iter().chain([log.path.clone()]);
                 let dirs = files.filter_map(|file| dir_of(&file));
