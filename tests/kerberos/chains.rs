@@ -28,7 +28,7 @@ fn each_hop_of_a_chain_has_its_own_context() {
 }
 
 #[test]
-fn end_of_a_message_passes_a_chain_through_full_sockets() {
+fn chain_through_full_sockets_delivers_the_end_of_a_message() {
     enter_namespace!("127.0.0.1 localhost\n", "");
     let Some(realm) = realm() else { return };
     // The sockets accept a part of each frame.

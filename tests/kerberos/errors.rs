@@ -41,7 +41,7 @@ fn missing_ticket_expired_ticket_and_unknown_service_are_named() {
 }
 
 #[test]
-fn gssapi_that_cannot_work_does_not_keep_a_valid_password_from_working() {
+fn unusable_gssapi_does_not_prevent_password_login() {
     let Some(realm) = realm() else { return };
     let ((_dir, users), echo) = (users_file(&[("bob", "secret")]), echo_server().to_string());
     let server = serve(&realm, &["--users", &users, "--auth", "gssapi,password"]);

@@ -292,8 +292,7 @@ fn half_a_token_takes_as_much_memory_as_has_arrived() {
     assert!(per_client < 42, "{per_client} KiB");
 }
 
-/// Takes several times as long to compare with a password as the two seconds after which a client that has half-closed
-/// is gone. It has the maximum cost.
+/// A hash of the maximum cost. Its comparison takes several times the two seconds that a half-closed client has.
 const SLOW_USER: &str = "alice:$2a$17$N9qo8uLOickgx2ZMRZoMyeIjZAgcfl7p92ldGxad68LJZdL17lhWy\n";
 
 #[test]

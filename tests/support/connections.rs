@@ -68,7 +68,7 @@ pub fn open_by_name(server: &Server, command: u8, name: &str, port: u16) -> (Tcp
     (stream, rep, bnd)
 }
 
-/// A listener on a port chosen by the kernel. It waits for a connection for a limited time.
+/// A listener on a port chosen by the kernel. `accept` fails after `TIMEOUT`.
 pub fn listener(ip: IpAddr) -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind((ip, 0)).expect("free port");
     SockRef::from(&listener).set_read_timeout(Some(TIMEOUT)).expect("option set");

@@ -103,7 +103,7 @@ fn timeout_applies_to_each_try() {
 
 #[test]
 fn source_options_apply_to_the_connection_to_the_proxy() {
-    // Without other programs, which could get the port.
+    // No other process takes the port.
     enter_namespace!("", "");
     let (listener, addr) = listener(V4);
     let port = closed_port().port();

@@ -206,7 +206,7 @@ fn udp_forward_limits_peers() {
     overload_peers(&client, at, socket);
 }
 
-/// Sends from new sockets until datagrams are dropped, and a second line would have been printed.
+/// Sends from new sockets until s5 reports dropped datagrams, and omitted lines about them.
 fn overload_peers(client: &RunningProgram, at: SocketAddr, socket: impl Fn() -> UdpSocket) {
     wait_until("dropped datagrams are counted", TIMEOUT, || {
         socket().send_to(b"dropped", at).expect("datagram sent");
@@ -214,10 +214,10 @@ fn overload_peers(client: &RunningProgram, at: SocketAddr, socket: impl Fn() -> 
     });
 }
 
-/// Sends a datagram until it returns, because the peer has a place.
+/// Repeats a datagram until it is echoed, because the peer has a slot.
 fn exchange_until_answered(socket: &UdpSocket, at: SocketAddr) {
     socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
-    wait_until("the peer has a place", TIMEOUT, || {
+    wait_until("the peer has a slot", TIMEOUT, || {
         socket.send_to(b"x", at).expect("datagram sent");
         retry(|| socket.recv(&mut [0; 16])).is_ok()
     });
@@ -233,13 +233,13 @@ fn udp_forward_replaces_the_peer_that_is_idle_longest() {
     let [other, third] = ["127.0.0.2:0", "127.0.0.3:0"].map(|addr| UdpSocket::bind(addr).expect("free port"));
     let begun = Instant::now();
     exchange_until_answered(&other, at);
-    // One address has at most four places, and further peers do not get that of another address.
+    // One address has at most four slots, and its further peers do not get that of another address.
     let sockets = [(); 5].map(|()| socket());
     sockets.iter().for_each(|socket| exchange_until_answered(socket, at));
-    assert!(begun.elapsed() > Duration::from_secs(2), "a peer that was active has lost its place");
+    assert!(begun.elapsed() > Duration::from_secs(2), "an active peer has lost its slot");
     (0..8).for_each(|_| assert!(socket().send_to(b"x", at).is_ok()));
     exchange_until_answered(&other, at);
-    // All five places are in use: a new address gets that of the address with most.
+    // All five slots are in use: a new address gets one of the address with most.
     exchange_until_answered(&third, at);
     exchange_until_answered(&sockets[0], at);
     let stderr = client.stderr(|stderr| associations(stderr, &sockets[0]) == 2);
@@ -256,7 +256,7 @@ fn udp_forward_leaves_peers_for_other_addresses() {
     assert!(client.stderr_so_far().lines().count() < 5, "{}", client.stderr_so_far());
     for socket in [(); 2].map(|()| UdpSocket::bind("127.0.0.2:0").expect("free port")) {
         socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
-        exchange(&socket, at, b"has a place");
+        exchange(&socket, at, b"has a slot");
     }
 }
 

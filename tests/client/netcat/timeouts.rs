@@ -23,8 +23,8 @@ fn assert_times_out(client: &mut RunningProgram, reason: &str) {
 #[test]
 fn timeout_is_an_idle_timeout_too() {
     let ((_server, proxy), target) = (serve(), silent_target());
-    let clients = ["--direct".into(), format!("-x {proxy}")].map(|way| {
-        let mut client = start(&format!("connect -w 1s {way} {target}"));
+    let clients = ["--direct".into(), format!("-x {proxy}")].map(|route| {
+        let mut client = start(&format!("connect -w 1s {route} {target}"));
         client.write(b"QUIT\n");
         client.close_stdin();
         client

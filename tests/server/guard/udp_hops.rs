@@ -60,7 +60,7 @@ fn udp_datagrams_on_other_routes_do_not_need_the_hop() {
 
 #[test]
 fn udp_hop_is_tried_again_after_a_pause() {
-    // No other process takes the port of a server that does not run.
+    // No other process takes the port while the hop does not run.
     enter_namespace!("", "");
     let hop_addr = closed_port();
     let server = with_hop(hop_addr, &[]);

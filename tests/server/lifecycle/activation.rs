@@ -126,11 +126,11 @@ fn dual_stack_socket_serves_ipv4_clients_as_ipv4() {
 }
 
 #[test]
-fn show_rules_and_explain_know_the_sockets_of_systemd() {
+fn show_rules_and_explain_include_the_sockets_of_systemd() {
     let output = |args: &[&str]| String::from_utf8(run(&mut activated("127.0.0.1/tcp", args), b"", TIMEOUT).stdout);
     let shown = output(&["--show-rules"]).expect("UTF-8");
-    let own: Vec<&str> = shown.lines().filter(|line| line.contains("# built in, own listener")).collect();
-    assert!(own.len() == 1 && own[0].starts_with("deny to=127.0.0.1 port="), "{shown}");
+    let listeners: Vec<&str> = shown.lines().filter(|line| line.contains("# built in, own listener")).collect();
+    assert!(listeners.len() == 1 && listeners[0].starts_with("deny to=127.0.0.1 port="), "{shown}");
     assert!(!shown.contains("port=1080"), "{shown}");
     let explained = output(&["--explain", "to=127.0.0.1:1080"]).expect("UTF-8");
     assert!(explained.ends_with("\nallow\n"), "{explained}");

@@ -79,9 +79,9 @@ fn default_listens_on_loopback_of_each_family() {
 }
 
 #[test]
-fn name_with_addresses_of_other_hosts_binds_its_own_ones_with_a_warning_and_check_passes() {
+fn listen_and_check_skip_addresses_of_other_hosts_with_a_warning() {
     enter_namespace!("10.99.0.1 mixed.test\n127.0.0.1 mixed.test\n2001:db8::1 mixed.test\n::1 mixed.test\n", "");
-    // Also IPv4 in the form of IPv6.
+    // The second option has an IPv4-mapped address.
     let args = ["--listen", "mixed.test:1080", "--listen", "[::ffff:127.0.0.2]:1080"];
     let server = Server::start_with(s5().arg("serve").args(args), 3);
     let addrs: BTreeSet<String> = server.addrs.iter().map(ToString::to_string).collect();

@@ -211,7 +211,7 @@ fn associations_on_a_shared_port_work_in_both_processes_after_a_restart() {
 fn restart_needs_no_device_and_names_proc_if_it_is_missing() {
     enter_namespace!("", "");
     let server = Server::start(&["--threads", "1"]);
-    // Nobody can open a file with this mode: the server has no capabilities.
+    // The server has no capabilities, so it cannot open a file with this mode.
     let script = "touch $0 && chmod 0 $0 && mount --bind $0 /dev/null";
     let file = temp_dir();
     let mount = |script: &str| {

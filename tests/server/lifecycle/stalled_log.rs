@@ -18,7 +18,7 @@ struct StalledServer {
 }
 
 impl StalledServer {
-    /// In a namespace, where no other process takes its port.
+    /// Call it in a namespace, where no other process takes the port.
     fn start(stderr: impl Into<OwnedFd>, flags: OFlags, args: &[&str]) -> Self {
         let mut stderr = File::from(stderr.into());
         fcntl_setfl(&stderr, OFlags::NONBLOCK).expect("flags set");
