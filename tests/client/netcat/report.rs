@@ -1,6 +1,9 @@
 //! The JSON object that --json prints, parsed by Python.
 
 use std::os::unix::process::ExitStatusExt as _;
+use std::sync::atomic::AtomicBool;
+
+use signal_hook::consts::SIGINT;
 
 use super::forward::{exchange, listening_address};
 use crate::udp::socket;
@@ -228,6 +231,9 @@ fn client_that_was_started_with_signals_ignored_outlives_them() {
 
 #[test]
 fn signal_ends_the_client_after_the_object_of_each_session() {
+    // A shell that runs the tests in the background may ignore SIGINT. Programs inherit that, but no handler.
+    let is_default = Arc::new(AtomicBool::new(true));
+    signal_hook::flag::register_conditional_default(SIGINT, is_default).expect("signal handled");
     let (echo, udp_echo) = (echo_server(), udp_echo_server(V4));
     for (signal, number) in [("TERM", 15), ("INT", 2)] {
         let ends = |args: &str, count: usize, up: &str, prepare: &dyn Fn(&mut RunningProgram)| {
