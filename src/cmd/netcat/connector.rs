@@ -4,6 +4,7 @@ use std::future::pending;
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use super::{credentials, proxies};
 use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Endpoint, Phase, Proxy};
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use crate::gssapi::Initiator;
-use crate::net::{LocalAddr, reactor, sleep, sleep_until};
+use crate::net::{LocalAddr, reactor, sleep, sleep_until, timeout_at, yield_now};
 use crate::proto::{Addr, Command, Method};
 use crate::server::is_ignored;
 
@@ -26,6 +27,8 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Pause before the second attempt. Each further pause is longer by half, up to `MAX_PAUSE`.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(2);
+/// Time for all sessions to report their results after a signal or the end of `--max-time`.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Minimum time left of `--retry` for a further attempt.
 const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 /// The remedy for a proxy whose UDP relay cannot be reached at the address in the reply.
@@ -39,6 +42,8 @@ pub(crate) struct Connector {
     deadline: Option<(Instant, Duration)>,
     /// Set when all sessions must end, so that they report their results.
     cut: OnceCell<Cut>,
+    /// Each task of a tunnel or association has a reference until it has reported its result.
+    pub(crate) open_sessions: Rc<()>,
     pub(super) hops: Vec<Proxy>,
     dst: Addr,
     options: Arc<ClientOptions>,
@@ -80,8 +85,16 @@ impl Connector {
             proxy_is_udp_relay: args.udp_relay,
             passes_socket: args.pass_fd,
         });
-        let mut connector =
-            Self { args, json, deadline, cut: OnceCell::new(), hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
+        let mut connector = Self {
+            args,
+            json,
+            deadline,
+            cut: OnceCell::new(),
+            open_sessions: Rc::default(),
+            hops,
+            dst: dst.unwrap_or(Addr::UNSPECIFIED),
+            options,
+        };
         // --quiet and -z apply to all errors except usage errors.
         credentials::add_credentials(&mut connector.hops, &connector.args).or_else(|error| match error.status {
             ExitStatus::USAGE => Err(error),
@@ -93,10 +106,17 @@ impl Connector {
     /// Runs a mode on the event loop. Removes the message of its error if the options hide errors.
     pub(crate) fn run(&self, mode: ModeFuture<'_>) -> CliResult {
         let start_error = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
-        let limited = async {
-            // Sessions, which also observe the deadline, report their results first.
-            self.until_cut(mode).await.unwrap_or_else(|cut| Err(self.cut_error(cut)))
-        };
+        let limited = mode.or(async {
+            let cut = *self.cut.wait().await;
+            // Sessions, which also observe it, report their results first.
+            let reported = async {
+                while Rc::strong_count(&self.open_sessions) > 1 {
+                    yield_now().await;
+                }
+            };
+            timeout_at(Instant::now() + REPORT_TIMEOUT, reported).await;
+            Err(self.cut_error(cut))
+        });
         let watch = async {
             let _ = self.cut.try_set(self.next_cut().await);
             pending().await
@@ -150,6 +170,10 @@ impl Connector {
     /// Runs `future` until the end of `--max-time`, or until a signal ends s5.
     pub(crate) async fn until_cut<T>(&self, future: impl Future<Output = T>) -> Result<T, Cut> {
         async { Ok(future.await) }.or(async { Err(*self.cut.wait().await) }).await
+    }
+
+    pub(crate) fn is_cut(&self) -> bool {
+        self.cut.is_initialized()
     }
 
     /// Waits for the end of `--max-time`, or with `--json` for SIGTERM or SIGINT, unless s5 was started with it ignored.
@@ -224,7 +248,11 @@ impl Connector {
             let left = time_left().filter(|left| *left > MIN_TIME_LEFT && !latest.1.is_final);
             let Some(left) = left else { break latest };
             previous = Some(latest);
-            sleep(pause.min(left / 2)).await;
+            if let Err(cut) = self.until_cut(sleep(pause.min(left / 2))).await
+                && let Some((client, _)) = previous
+            {
+                return RetryOutcome { client, attempts, result: Err(self.cut_error(cut)) };
+            }
             pause = (pause * 3 / 2).min(MAX_PAUSE);
         };
         if attempts > 1 {

@@ -56,7 +56,11 @@ pub(crate) async fn run(connector: &Connector, addr: SocketAddr) -> CliResult {
     let accept_all: ModeFuture<'_> = Box::pin(async {
         loop {
             let local = accept(connector, &listener).await?;
-            let tunnel = async { connector.print_error(serve_connection(connector, local).await) };
+            let session = connector.open_sessions.clone();
+            let tunnel = async move {
+                connector.print_error(serve_connection(connector, local).await);
+                drop(session);
+            };
             executor.spawn(Box::pin(tunnel) as Task<'_>).detach();
         }
     });

@@ -137,14 +137,16 @@ async fn serve_peer(
                 ended => ended,
             }
         };
+        let session = connector.open_sessions.clone();
         let Err(error) = transfer::run(connector, Some(peer), relay).await else { break };
+        drop(session);
         if !error.message.is_empty() {
             errors.print(connector, &error.to_string());
         }
         // Without the pause, each further datagram of the peer could cause an attempt.
         while datagrams.try_recv().is_ok() {}
         sleep_until(begun + MIN_INTERVAL).await;
-        if datagrams.is_empty() {
+        if datagrams.is_empty() || connector.is_cut() {
             break;
         }
     }
