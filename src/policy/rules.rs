@@ -168,8 +168,7 @@ impl Rules {
 
     /// Returns whether a rule with an address or CIDR block may decide.
     pub fn depends_on_address(&self, request: &AccessRequest<'_>) -> bool {
-        let is_net = |(_, target)| matches!(parse_target(target), Ok(TargetPattern::Net(_)));
-        self.deciding_rules(request).into_iter().any(|rule| rule.targets().any(is_net))
+        self.deciding_rules(request).iter().any(|rule| rule.to == TargetCondition::Listed { has_net: true })
     }
 
     /// Returns the rules that may still decide, in order, up to the first one that decides about all targets.
@@ -220,7 +219,7 @@ impl Rules {
         is_own_listener: &dyn Fn(SocketAddr) -> bool,
     ) -> Match {
         match rule.to {
-            TargetCondition::Any | TargetCondition::Listed => Match::Yes,
+            TargetCondition::Any | TargetCondition::Listed { .. } => Match::Yes,
             TargetCondition::Protected => {
                 self.protected.iter().map(|pattern| pattern.matches(false, request)).max().unwrap_or(Match::No)
             }

@@ -31,7 +31,7 @@ const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 pub(super) async fn serve(session: &mut Session, dst: &Addr, route: Option<Route>) -> SessionResult<Conn> {
     let request = session.log.access_request();
     let is_name = request.target_name.is_some();
-    let needs_addrs = is_name && session.policy.policy.rules.depends_on_address(&request);
+    let needs_addrs = is_name && route.is_none() && session.policy.policy.rules.depends_on_address(&request);
     let route = if route.is_none() && !needs_addrs { Some(session.bind_route(&request)?) } else { route };
     let deadline = Instant::now() + session.server().options.connect_timeout;
     let (route, addrs) = match route.filter(|_| !is_name) {

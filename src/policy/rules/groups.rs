@@ -11,7 +11,7 @@ use super::conditions::{
     AccessRequest, ClientPattern, Conditions, Match, TargetPattern, UserPattern, embedded_addrs, normalize_name,
 };
 use super::parse::parse_target;
-use super::rule::{Rule, TargetCondition};
+use super::rule::Rule;
 use crate::policy::index::{Index, to_index, to_u32};
 
 /// Space of the targets of groups without key.
@@ -111,7 +111,7 @@ impl Groups {
 
     fn add_rule(&mut self, id: u32, index: usize, rule: &Rule) {
         let Some(group) = self.groups.get_mut(to_index(id)) else { return };
-        if rule.to != TargetCondition::Listed {
+        if !rule.has_to_condition() {
             group.first_without_to.get_or_insert(index);
             return;
         }

@@ -67,6 +67,7 @@ impl Parser<'_> {
             other => return Err(format!("expected \"allow\" or \"deny\", found {}", excerpt(other))),
         };
         let mut conditions = Conditions { allow, ..Conditions::default() };
+        let mut to = if allow { TargetCondition::Unprotected } else { TargetCondition::Any };
         let (mut keys, mut last) = (Vec::new(), action);
         for word in words {
             let (key, value) = split_condition(word, action)?;
@@ -76,15 +77,10 @@ impl Parser<'_> {
                 let word = if key == "via" { "via=".into() } else { excerpt(word) };
                 return Err(format!("{word}: {problem}"));
             }
-            conditions.set(key, value, self.hops)?;
+            conditions.set(&mut to, key, value, self.hops)?;
             keys.push(key);
             last = word;
         }
-        let to = match allow {
-            _ if keys.contains(&"to") => TargetCondition::Listed,
-            true => TargetCondition::Unprotected,
-            false => TargetCondition::Any,
-        };
         let conditions = self.share(conditions);
         Ok(Some(Rule::new(&self.source, line, [action, last], conditions, to)))
     }
@@ -129,14 +125,14 @@ fn value_problem(value: &str) -> Option<&'static str> {
 
 impl Conditions {
     /// Sets one condition. The targets of `to=` are only checked.
-    fn set(&mut self, key: &str, value: &str, hops: &[String]) -> Result<(), String> {
+    fn set(&mut self, to: &mut TargetCondition, key: &str, value: &str, hops: &[String]) -> Result<(), String> {
         let set = match key {
             "from" => parse_list(value, parse_client).map(|list| self.from = list),
             "user" => parse_list(value, parse_user).map(|list| self.users = list),
             "method" => parse_list(value, str::parse).map(|list| self.methods = list),
             "protection" => parse_list(value, str::parse).map(|list| self.levels = list),
             "command" => parse_list(value, str::parse).map(|list| self.commands = list),
-            "to" => value.split(',').try_for_each(|target| parse_target(target).map(drop)),
+            "to" => has_net(value).map(|has_net| *to = TargetCondition::Listed { has_net }),
             "port" => parse_list(value, parse_ports).map(|list| self.ports = list),
             "via" if self.allow => parse_route(value, hops).map(|route| self.via = Some(route)),
             "outbound" if self.allow => parse_outbound(value).map(|outbound| self.outbound = Some(outbound)),
@@ -149,6 +145,13 @@ impl Conditions {
         };
         set.map_err(|problem| format!("{key}=: {problem}"))
     }
+}
+
+/// Checks the targets of `to=`. Returns whether one is an address or CIDR block.
+fn has_net(targets: &str) -> Result<bool, String> {
+    targets.split(',').try_fold(false, |has_net, target| {
+        parse_target(target).map(|target| has_net || matches!(target, TargetPattern::Net(_)))
+    })
 }
 
 fn parse_list<T>(values: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Box<[T]>, String> {

@@ -35,8 +35,8 @@ pub(super) enum TargetCondition {
     Any,
     /// `allow` without `to=`: every target that the built-in rules do not deny to this client.
     Unprotected,
-    /// Those listed in `to=`. The text of the rule has them.
-    Listed,
+    /// Those listed in `to=`. The text of the rule has them. `has_net`: one is an address or CIDR block.
+    Listed { has_net: bool },
     /// Built in: the targets that are protected from remote clients.
     Protected,
     /// Built in: the listeners of this server.
@@ -84,7 +84,7 @@ impl Rule {
     }
 
     pub(crate) fn has_to_condition(&self) -> bool {
-        self.to == TargetCondition::Listed
+        matches!(self.to, TargetCondition::Listed { .. })
     }
 
     pub(crate) fn users(&self) -> &[UserPattern] {
