@@ -16,7 +16,7 @@ impl Terminal {
     /// Call it before SIGHUP is handled: a server that was started with SIGHUP ignored, as by nohup(1), outlives its
     /// terminal.
     pub(super) fn at_start() -> Self {
-        Self { is_bound: open_terminal().is_ok() && !is_ignored(Signal::Hup) }
+        Self { is_bound: open_terminal().is_ok() && !is_ignored(Signal::Hup as i32) }
     }
 
     /// Returns true if the server had a controlling terminal at its start, and has lost it.
@@ -31,10 +31,9 @@ fn open_terminal() -> io::Result<()> {
 }
 
 /// Returns true if nohup(1) or a shell has set the process to ignore a signal. Call it before a handler is installed.
-pub fn is_ignored(signal: Signal) -> bool {
+pub fn is_ignored(signal: i32) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
     // See proc_pid_status(5): signal N is bit N - 1.
-    mask.is_some_and(|mask| mask >> (signal as i32 - 1) & 1 == 1)
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }

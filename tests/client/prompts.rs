@@ -155,13 +155,98 @@ fn signal_at_the_password_prompt_restores_the_echo() {
         let pid = fs::read_to_string(dir.path().join("pid")).expect("file read");
         match signal {
             "typed" => terminal.write(b"\x03"),
-            _ => assert!(Command::new("kill").args(["-s", signal, pid.trim()]).status().expect("kill runs").success()),
+            _ => send_signal(signal, pid.trim()),
         }
         let shown = text(&terminal.stdout_end());
         // The status is 67 if the tests run in the background of a shell, which ignores SIGINT.
         assert!(shown.contains("status ") && !shown.contains("status 0"), "{shown}");
         assert!(shown.split_whitespace().any(|word| word == "echo"), "echo is still off: {shown}");
     }
+}
+
+fn send_signal(signal: &str, pid: &str) {
+    assert!(Command::new("kill").args(["-s", signal, pid]).status().expect("kill runs").success());
+}
+
+/// Returns the state of a process in /proc. `Z`: it has ended.
+fn state(pid: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let state = status.lines().find_map(|line| line.strip_prefix("State:")).unwrap_or("Z");
+    state.trim().chars().take(1).collect()
+}
+
+#[test]
+fn ignored_signal_at_the_password_prompt_leaves_the_echo_off() {
+    if !is_installed("script") {
+        return;
+    }
+    let (dir, proxy) = (temp_dir(), accepting_proxy());
+    let args = format!("connect -z -P alice -x {} {TARGET}", proxy.url());
+    let client = format!("trap '' HUP; echo $$ > pid; exec \"$S5\" {args}");
+    let mut terminal = RunningProgram::start(&mut on_a_terminal(dir.path(), &client));
+    wait_for_prompt(&terminal, dir.path(), "Password for alice at ");
+    let pid = fs::read_to_string(dir.path().join("pid")).expect("file read");
+    send_signal("HUP", pid.trim());
+    type_at_prompt(&mut terminal, dir.path(), "Password for alice at ", "topsecret");
+    let (status, shown, _) = terminal.wait_exit(TIMEOUT);
+    assert!(!text(&shown).contains("topsecret"), "{}", text(&shown));
+    assert_eq!(status.code(), Some(0), "{}", text(&shown));
+    assert_login(&proxy, "alice", b"topsecret");
+}
+
+#[test]
+fn signal_ends_a_password_prompt_in_the_background() {
+    if !is_installed("script") {
+        return;
+    }
+    let dir = temp_dir();
+    let client = "sh -c 'echo $$ > pid; exec \"$S5\" connect -z -P alice -x 127.0.0.1:1 a:1'";
+    let _terminal = RunningProgram::start(&mut on_a_terminal(dir.path(), &format!("set -m; {client} & read line")));
+    let pid = || fs::read_to_string(dir.path().join("pid")).unwrap_or_default().trim().to_owned();
+    wait_until("the client is stopped", TIMEOUT, || state(&pid()) == "T");
+    send_signal("TERM", &pid());
+    send_signal("CONT", &pid());
+    wait_until("the client has ended", TIMEOUT, || state(&pid()) == "Z");
+}
+
+#[test]
+fn password_prompt_leaves_no_thread_and_no_open_terminal() {
+    if !is_installed("script") {
+        return;
+    }
+    let (dir, proxy) = (temp_dir(), accepting_proxy());
+    let args = format!("connect -k -l 0 -P alice -x {} {TARGET}", proxy.url());
+    let client = format!("echo $$ > pid; exec \"$S5\" {args}");
+    let mut terminal = RunningProgram::start(&mut on_a_terminal(dir.path(), &client));
+    type_at_prompt(&mut terminal, dir.path(), "Password for alice at ", "topsecret");
+    terminal.stdout(|shown| text(shown).contains("listening on "));
+    let pid = fs::read_to_string(dir.path().join("pid")).expect("file read");
+    let files = fs::read_dir(format!("/proc/{}/fd", pid.trim())).expect("the client runs");
+    let mut files = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
+    assert!(files.all(|file| file != Path::new("/dev/tty")), "the terminal is open");
+}
+
+/// The limit of threads does not apply to root, so the client runs as another user.
+#[test]
+fn password_prompt_needs_no_thread() {
+    if !is_installed("script") || !is_installed("setpriv") {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return record_skip("needs root");
+    }
+    let (dir, proxy) = (temp_dir(), accepting_proxy());
+    // By another process, so that no child of this one has it open for writing.
+    stdout(Command::new("cp").arg(env!("CARGO_BIN_EXE_s5")).arg(dir.path().join("s5")), b"");
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("permissions set");
+    let args = format!("connect -z -P alice -x {} {TARGET}", proxy.url());
+    let user = "setpriv --reuid=54321 --regid=54321 --clear-groups";
+    let client = format!("exec prlimit --nproc=1 {user} ./s5 {args}");
+    let mut terminal = RunningProgram::start(&mut on_a_terminal(dir.path(), &client));
+    type_at_prompt(&mut terminal, dir.path(), "Password for alice at ", "topsecret");
+    let (status, shown, _) = terminal.wait_exit(TIMEOUT);
+    assert_eq!(status.code(), Some(0), "{}", text(&shown));
+    assert_login(&proxy, "alice", b"topsecret");
 }
 
 #[test]

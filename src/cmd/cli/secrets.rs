@@ -5,10 +5,15 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::os::unix::thread::JoinHandleExt as _;
 use std::thread::Builder;
 
+use nix::sys::pthread::pthread_kill;
 use nix::sys::signal::{SigSet, Signal, raise};
-use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use rustix::process::getpgrp;
+use rustix::termios::{OptionalActions, tcdrain, tcgetattr, tcgetpgrp, tcsetattr};
+
+use crate::server::is_ignored;
 
 const FILLER: u8 = b'x';
 /// Fields arg_start and env_start of proc_pid_stat(5). The end of the memory is the next field.
@@ -18,16 +23,28 @@ const ENV_START_FIELD: usize = 50;
 /// Reads a password from the terminal without echo. If a signal ends s5, the echo is restored first.
 pub(crate) fn prompt_password(prompt: &str) -> io::Result<String> {
     let tty = File::open("/dev/tty")?;
+    // Stops s5 in the background, where the settings are those of the shell, while signals still end it.
+    tcdrain(&tty)?;
     let settings = tcgetattr(&tty)?;
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
+    let ending = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter();
+    let mut signals: SigSet = ending.filter(|signal| !is_ignored(*signal as i32)).collect();
+    // Ends only the thread below.
+    signals.add(Signal::SIGURG);
     // rpassword itself raises the SIGINT of Ctrl-C, which then ends s5 after the prompt.
     signals.thread_block()?;
-    Builder::new().spawn(move || {
+    let watcher = Builder::new().spawn(move || {
         let signal = signals.wait()?;
-        tcsetattr(&tty, OptionalActions::Now, &settings)?;
-        signals.thread_unblock().and_then(|()| raise(signal)).map_err(io::Error::from)
-    })?;
+        // In the background, this would stop s5.
+        if tcgetpgrp(&tty) == Ok(getpgrp()) {
+            let _ = tcsetattr(&tty, OptionalActions::Now, &settings);
+        }
+        signals.thread_unblock().and_then(|()| raise(signal))
+    });
+    if watcher.is_err() {
+        signals.thread_unblock()?;
+    }
     let passwd = rpassword::prompt_password(prompt);
+    let _ = watcher.map(|watcher| pthread_kill(watcher.as_pthread_t(), Signal::SIGURG).map(|()| watcher.join()));
     signals.thread_unblock()?;
     passwd
 }

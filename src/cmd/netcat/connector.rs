@@ -183,7 +183,7 @@ impl Connector {
             sleep_until(deadline).await;
             Cut::TimedOut(limit)
         };
-        let watched = [Signal::Term, Signal::Int].into_iter().filter(|signal| !is_ignored(*signal));
+        let watched = [Signal::Term, Signal::Int].into_iter().filter(|signal| !is_ignored(*signal as i32));
         if self.args.json.is_some()
             && let Ok(mut signals) = Signals::new(watched)
         {
