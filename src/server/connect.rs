@@ -51,7 +51,7 @@ pub(super) fn hop_targets(dst: &Addr, addrs: Vec<SocketAddr>) -> Vec<Addr> {
 
 impl Session {
     /// Resolves `dst` of CONNECT or BIND, and authorizes each of its addresses. Returns the route and the allowed
-    /// addresses. If `route` is a hop, which can resolve the name itself, there are none.
+    /// addresses. If the route is a hop, and it may get the name instead, there are none.
     pub(super) async fn resolve_route(
         &self,
         dst: &Addr,
@@ -62,18 +62,28 @@ impl Session {
             return Ok((route, Vec::new()));
         }
         let mut addrs = self.resolve(dst, deadline).await?;
-        let (mut first_denial, mut first_route) = (None, None);
+        let is_bind = self.log.access_request().command == Some(Command::Bind);
+        let (count, mut first_denial, mut first_route) = (addrs.len(), None, None);
         addrs.retain(|addr| {
             let request = AccessRequest { target_ip: Some(addr.ip()), ..self.log.access_request() };
-            match self.authorize(&request).and_then(|route| route.map_or_else(|| self.bind_route(&request), Ok)) {
+            let route = match self.authorize(&request) {
+                Ok(None) if is_bind => self.bind_route(&request).map(Some),
+                decided => decided,
+            };
+            match route {
                 // Only addresses with the route of the first allowed one are used.
-                Ok(route) => *first_route.get_or_insert(route) == route,
+                Ok(route) => route.is_some_and(|route| *first_route.get_or_insert(route) == route),
                 Err(denial) => {
                     first_denial.get_or_insert(denial);
                     false
                 }
             }
         });
+        // A hop accepts a peer from each of several addresses only if it gets the name.
+        let has_several = count > 1 && addrs.len() == count;
+        if is_bind && has_several && first_route.is_some_and(|route| route.hop.is_some()) {
+            addrs.clear();
+        }
         let denial = || first_denial.unwrap_or_else(|| SessionError::not_allowed("no allowed address"));
         first_route.map(|route| (route, addrs)).ok_or_else(denial)
     }

@@ -346,7 +346,11 @@ fn errors_about_hops_do_not_contain_the_password() {
 
 #[test]
 fn hop_gets_the_allowed_addresses_of_the_peer_of_bind_if_rules_depend_on_them() {
-    enter_namespace!("127.0.0.1 localhost\n127.0.0.3 bad.test two.test\n127.0.0.2 good.test two.test\n", "");
+    enter_namespace!(
+        "127.0.0.1 localhost\n127.0.0.3 bad.test two.test\n127.0.0.2 good.test two.test\n\
+                      127.0.0.4 both.test\n127.0.0.5 both.test\n",
+        ""
+    );
     let hop = Server::start(&[]);
     let via = hop.addr().to_string();
     // Two possible routes, and a rule that depends on the port of the peer.
@@ -366,6 +370,11 @@ fn hop_gets_the_allowed_addresses_of_the_peer_of_bind_if_rules_depend_on_them() 
             let sent = format!(" command=bind to=\"127.0.0.2:{port}\" ");
             hop.wait_log(|log| session_lines(log).last().is_some_and(|line| line.contains(&sent)));
         }
+    }
+    // If all addresses are allowed, the hop accepts a peer from each of them.
+    for from in ["127.0.0.4:0", "127.0.0.5:0"] {
+        let (mut client, bnd) = bind(&server, None, "both.test:0");
+        assert_accepts_peer(&mut client, bnd, addr(from));
     }
     // Without such rules, the hop resolves the name.
     let unresolved = ["--via", &via, "--deny", "port=1", "--explain", "command=bind to=unknown.test:0"];
