@@ -14,8 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::conn::{Conn, Protection, ReadError};
-use crate::gssapi::ffi::Credential;
-use crate::gssapi::{GssapiError, Initiator};
+use crate::gssapi::{GssapiError, Initiator, Ticket};
 use crate::name_addrs::MAX_ADDRS;
 use crate::net::{
     self, DialError, DialLimits, LocalAddr, Unlimited, canonical, connect_unix, dial, set_keepalive, timeout_at,
@@ -71,9 +70,6 @@ pub struct Client {
     options: Arc<ClientOptions>,
     progress: Cell<Progress>,
 }
-
-/// A ticket, and the name of the service to use it for.
-type Ticket = (Arc<Credential>, String);
 
 /// How far a handshake is.
 #[derive(Clone, Copy, Debug)]
@@ -263,7 +259,7 @@ impl Client {
         let allowed = self.options.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
         let methods: Vec<Method> = allowed.iter().copied().filter(is_available).collect();
         if methods.is_empty() {
-            return Err(ClientErrorKind::NoAcceptableMethod(methods, None));
+            return Err(ClientErrorKind::NoAcceptableMethod(methods, ticket.err().flatten()));
         }
         write(conn, &Greeting { methods: methods.clone() }).await?;
         let selected = read::<MethodSelection>(conn).await?.0;
@@ -285,9 +281,9 @@ impl Client {
                     _ => Err(ClientErrorKind::LoginRefused),
                 }
             }
-            (Method::GSSAPI, _, Some(initiator), Ok((ticket, service))) => {
+            (Method::GSSAPI, _, Some(initiator), Ok(ticket)) => {
                 self.enter_phase(Phase::Login);
-                initiator.initiate(conn, ticket, service).await.map_err(ClientErrorKind::Gssapi)
+                initiator.initiate(conn, ticket).await.map_err(ClientErrorKind::Gssapi)
             }
             _ => Ok(None),
         }
@@ -304,8 +300,7 @@ impl Client {
             Endpoint::Tcp(Addr { host: Host::Ip(ip), .. }) => ip.to_string(),
             Endpoint::Unix(_) => String::new(),
         };
-        let ticket = async { Ok((initiator.acquire_ticket().await?, initiator.target_name(&host)?)) };
-        match ticket.await {
+        match initiator.acquire_ticket(&host).await {
             Ok(ticket) => Ok(Ok(ticket)),
             Err(error @ (GssapiError::NoCredential(_) | GssapiError::Unavailable(_)))
                 if methods.is_none_or(|methods| methods.len() > 1) =>

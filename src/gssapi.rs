@@ -27,6 +27,9 @@ const KDC_PERMIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time that a handshake waits for the library, which reads the ticket cache or waits for a KDC.
 const KDC_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A ticket, and the name of the service to use it for.
+pub type Ticket = (Arc<Credential>, String);
+
 type GssapiResult<T> = Result<T, GssapiError>;
 
 /// Reason why no security context was established.
@@ -41,7 +44,7 @@ pub enum GssapiError {
     /// The user has no valid ticket.
     #[error("GSSAPI: {0} (run kinit, or set --ccache)")]
     NoCredential(String),
-    /// No GSSAPI library is installed, it does not answer, or the host name of the proxy is not known.
+    /// No GSSAPI library is installed, or the host name of the proxy is not known.
     #[error("GSSAPI: {0}")]
     Unavailable(String),
 }
@@ -195,26 +198,33 @@ impl Initiator {
             || std::fs::read_to_string("/etc/krb5.conf").is_ok_and(|text| text.lines().any(names_cache))
     }
 
-    /// Returns the client's credential. Does not check that it is valid for the service.
-    pub async fn acquire_ticket(&self) -> GssapiResult<Arc<Credential>> {
-        let ccache = self.ccache.clone();
+    /// Returns the client's ticket for the proxy with this host name. An expired one is an error here or at its use.
+    pub async fn acquire_ticket(&self, host: &str) -> GssapiResult<Ticket> {
+        let (service, ccache) = (self.target_name(host)?, self.ccache.clone());
         let acquired = unblock_within_kdc_timeout(move || {
             ffi::available().map_err(GssapiError::Unavailable)?;
-            Credential::initiator(ccache.as_deref()).map(Arc::new).map_err(GssapiError::NoCredential)
+            Credential::initiator(ccache.as_deref(), None).map(Arc::new).map_err(GssapiError::NoCredential)
         });
-        let too_slow = || GssapiError::Unavailable(format!("reading the ticket cache took more than {KDC_TIMEOUT:?}"));
-        acquired.await.ok_or_else(too_slow)?
+        let too_slow = || failed(format!("reading the ticket cache took more than {KDC_TIMEOUT:?}"));
+        let ticket = (acquired.await.ok_or_else(too_slow)??, service);
+        let ((used, service), ccache) = (ticket.clone(), self.ccache.clone());
+        let permit = self.kdc_permits.try_acquire_arc();
+        let expired = unblock_within_kdc_timeout(move || {
+            let (_permit, mut lifetime) = (permit?, 0);
+            // If the primary ticket has expired, the library may select another one, and ask its KDC.
+            let is_valid = Credential::initiator(ccache.as_deref(), Some(&mut lifetime)).is_ok() && lifetime > 0;
+            if is_valid { None } else { PendingContext::new(used, &service, 0).err() }
+        });
+        match expired.await.flatten().map(initiator_error) {
+            Some(error @ GssapiError::NoCredential(_)) => Err(error),
+            _ => Ok(ticket),
+        }
     }
 
-    /// Establishes a context with `service` on `conn` after the server has selected GSSAPI. Returns the protection for
-    /// all further data; `None` at [`ProtectionLevel::None`].
-    pub async fn initiate(
-        &self,
-        conn: &mut Conn,
-        ticket: Arc<Credential>,
-        service: String,
-    ) -> GssapiResult<Option<Protection>> {
-        let mut context = self.establish_context(conn, ticket, service).await?;
+    /// Establishes a context for `ticket` on `conn` after the server has selected GSSAPI. Returns the protection for all
+    /// further data; `None` at [`ProtectionLevel::None`].
+    pub async fn initiate(&self, conn: &mut Conn, ticket: Ticket) -> GssapiResult<Option<Protection>> {
+        let mut context = self.establish_context(conn, ticket).await?;
         if !context.has(GSS_C_MUTUAL_FLAG | GSS_C_INTEG_FLAG) {
             return Err(failed("the server did not authenticate itself"));
         }
@@ -249,12 +259,7 @@ impl Initiator {
         }
     }
 
-    async fn establish_context(
-        &self,
-        conn: &mut Conn,
-        ticket: Arc<Credential>,
-        service: String,
-    ) -> GssapiResult<GssContext> {
+    async fn establish_context(&self, conn: &mut Conn, (ticket, service): Ticket) -> GssapiResult<GssContext> {
         let encrypts = self.requested_level == ProtectionLevel::Confidentiality;
         let flags = GSS_C_SEQUENCE_FLAG | if encrypts { GSS_C_CONF_FLAG } else { 0 };
         let permit = timeout_at(Instant::now() + KDC_PERMIT_TIMEOUT, self.kdc_permits.acquire_arc()).await;
@@ -265,7 +270,7 @@ impl Initiator {
             let _permit = permit;
             PendingContext::new(ticket, &service, flags)
         });
-        let (pending, token) = first.await.ok_or_else(no_answer)??;
+        let (pending, token) = first.await.ok_or_else(no_answer)?.map_err(initiator_error)?;
         send_frame(conn, Frame::Authentication(token)).await?;
         let answer = match conn.read_message().await? {
             Frame::Authentication(token) if !token.is_empty() => token,
@@ -276,7 +281,7 @@ impl Initiator {
     }
 
     /// Returns the name of the proxy's service. `host` is the host name of the proxy.
-    pub fn target_name(&self, host: &str) -> GssapiResult<String> {
+    fn target_name(&self, host: &str) -> GssapiResult<String> {
         let host = self.host.as_deref().unwrap_or(host);
         match self.service.contains(['/', '@']) {
             true => Ok(self.service.clone()),
@@ -287,6 +292,10 @@ impl Initiator {
             false => Ok(format!("{}@{host}", self.service)),
         }
     }
+}
+
+fn initiator_error(reason: String) -> GssapiError {
+    if reason.contains("expired") { GssapiError::NoCredential(reason) } else { failed(reason) }
 }
 
 /// Runs a blocking call on another thread. Returns `None` if it takes longer than [`KDC_TIMEOUT`]; it then continues.

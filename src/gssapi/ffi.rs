@@ -12,7 +12,7 @@ use std::ffi::{CStr, CString, OsString, c_int, c_void};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
-use std::ptr::{null, null_mut};
+use std::ptr::{from_mut, null, null_mut};
 use std::sync::{Arc, OnceLock};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
@@ -263,6 +263,9 @@ impl Drop for Object {
     }
 }
 
+/// Key and path for MIT's extension, and a description of the path for errors.
+type Store<'a> = Option<(&'a CStr, &'a Path, &'a str)>;
+
 /// The keys of a service, or the tickets of a user.
 #[derive(Debug)]
 pub struct Credential(Object);
@@ -278,33 +281,32 @@ impl Credential {
     pub fn acceptor(service: Option<&str>, keytab: Option<&Path>) -> LibraryResult<Self> {
         let name = service.map(Object::import_name).transpose()?;
         let store = keytab.map(|path| (c"keytab", path, "keytab path (set KRB5_KTNAME)"));
-        Self::acquire(name.as_ref(), GSS_C_ACCEPT, store).map(|(keys, _)| keys)
+        Self::acquire(name.as_ref(), GSS_C_ACCEPT, store, None)
     }
 
-    /// Acquires the tickets in `ccache` or the system's ticket cache.
+    /// Acquires the tickets in `ccache` or the system's ticket cache. MIT's library selects those for the service at
+    /// their first use, but the primary tickets at once to return their `lifetime` in seconds.
     ///
     /// # Errors
-    /// No library or no valid ticket is available.
-    pub fn initiator(ccache: Option<&Path>) -> LibraryResult<Self> {
+    /// No library or no ticket is available. An expired ticket can be reported here or at its use.
+    pub fn initiator(ccache: Option<&Path>, lifetime: Option<&mut u32>) -> LibraryResult<Self> {
         let store = ccache.map(|path| (c"ccache", path, "ticket cache path (set KRB5CCNAME)"));
-        let (ticket, lifetime) = Self::acquire(None, GSS_C_INITIATE, store)?;
-        if lifetime > 0 { Ok(ticket) } else { Err("Ticket expired".into()) }
+        Self::acquire(None, GSS_C_INITIATE, store, lifetime)
     }
 
-    /// Acquires a credential. Returns it and its lifetime in seconds. `store`: key and path for MIT's extension, and a
-    /// description of the path for errors.
-    fn acquire(name: Option<&Object>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> LibraryResult<(Self, u32)> {
+    /// Acquires a credential.
+    fn acquire(name: Option<&Object>, usage: c_int, store: Store<'_>, time: Option<&mut u32>) -> LibraryResult<Self> {
         let mut credential = Object::new(Kind::Credential)?;
         let Object { api, handle, .. } = &mut credential;
         let name = name.map_or(null_mut(), |name| name.handle);
         let mechanisms = OidSet { count: 1, elements: &KRB5_OID };
-        let (time, no_set, mut lifetime) = (GSS_C_INDEFINITE, null_mut(), 0);
+        let (time, no_set, lifetime) = (GSS_C_INDEFINITE, null_mut(), time.map_or(null_mut(), from_mut));
         let Some((key, path, setting)) = store else {
             // SAFETY: all pointers are to locals or constants, or null.
             api.call(|minor| unsafe {
-                (api.gss_acquire_cred)(minor, name, time, &mechanisms, usage, handle, no_set, &mut lifetime)
+                (api.gss_acquire_cred)(minor, name, time, &mechanisms, usage, handle, no_set, lifetime)
             })?;
-            return Ok((Self(credential), lifetime));
+            return Ok(Self(credential));
         };
         let unsupported = || format!("this GSSAPI library does not support a {setting}");
         let acquire_from = api.gss_acquire_cred_from.ok_or_else(unsupported)?;
@@ -314,9 +316,9 @@ impl Credential {
         let key_values = KeyValueSet { count: 1, elements: &entry };
         // SAFETY: all pointers are to locals or constants, or null.
         let acquired = api.call(|minor| unsafe {
-            acquire_from(minor, name, time, &mechanisms, usage, &key_values, handle, no_set, &mut lifetime)
+            acquire_from(minor, name, time, &mechanisms, usage, &key_values, handle, no_set, lifetime)
         });
-        acquired.map(|()| (Self(credential), lifetime)).map_err(|error| with_path(error, path))
+        acquired.map(|()| Self(credential)).map_err(|error| with_path(error, path))
     }
 
     /// Accepts a context with the only token of an initiator. Ignores a delegated credential.

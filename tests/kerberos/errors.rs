@@ -55,8 +55,34 @@ fn unusable_gssapi_does_not_prevent_password_login() {
     // Without a password, the error says why GSSAPI was not offered.
     let words = ["offered: none; add user:password@", "Kerberos needs the host name of the proxy", "URL"];
     assert_fails_with(&hello(&mut any_client(&realm, "connect", &by_ip, &[&echo])), 67, &words);
+    let args = ["--auth", "password,gssapi", &echo];
+    assert_fails_with(
+        &hello(&mut any_client(&realm, "connect", &by_ip, &args)),
+        67,
+        &[&["offered: nothing"], &words[1..]].concat(),
+    );
     let relay = start(&realm, &["--via", &format!("bob:secret@{by_ip}")]);
     assert_hello(&hello(s5().args(["connect", "-x", &relay.addr().to_string(), &echo])), "--via");
+}
+
+#[test]
+fn client_uses_the_ticket_for_the_proxy_not_the_primary_ticket() {
+    let Some(realm) = realm() else { return };
+    let (any, server, echo) = (serve(&realm, &[]), serve_at(&realm, "integrity"), echo_server().to_string());
+    let (dir, primary) = (realm.file("cc"), path(&realm.file("cc/tkt2")));
+    std::fs::create_dir(&dir).expect("directory created");
+    kinit(&realm.file(""), "alice", "user.keytab", "cc/tkt1", "1h");
+    write_file(&dir, "primary", "tkt2\n");
+    write_file(&realm.file(""), ".k5identity", &format!("{ALICE} host=localhost\n"));
+    for lifetime in ["1h", "1s"] {
+        kinit(&realm.file(""), "mallory", "mallory.keytab", "cc/tkt2", lifetime);
+        if lifetime == "1s" {
+            wait_for_expiry(&realm, &any, &primary);
+        }
+        let mut client = any_client(&realm, "connect", &url(&server), &["--gssapi-protection", "integrity", &echo]);
+        client.env("KRB5CCNAME", format!("DIR:{}", dir.display())).env("HOME", realm.file(""));
+        assert_hello(&hello(&mut client), lifetime);
+    }
 }
 
 #[test]

@@ -236,7 +236,7 @@ struct Credentials {
 
 impl Credentials {
     fn new() -> Result<Self, BenchError> {
-        Ok(Self { alice: Arc::new(Credential::initiator(None)?), keys: Credential::acceptor(None, None)? })
+        Ok(Self { alice: Arc::new(Credential::initiator(None, None)?), keys: Credential::acceptor(None, None)? })
     }
 
     /// Returns the client's context and its first token.

@@ -18,7 +18,7 @@ const KRB5_OID: &[u8] = b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02";
 const MAX_TOKEN_LEN: usize = 65_535;
 
 fn alice() -> Arc<Credential> {
-    Arc::new(Credential::initiator(None).expect("alice has a ticket"))
+    Arc::new(Credential::initiator(None, None).expect("alice has a ticket"))
 }
 
 fn services() -> Credential {
@@ -211,7 +211,7 @@ fn invalid_names_and_files_are_errors() {
     for path in ["a\0b", "", "/nonexistent"] {
         expect_error(Credential::acceptor(None, Some(Path::new(path))));
     }
-    let none = Credential::initiator(Some(Path::new("/nonexistent")));
+    let none = Credential::initiator(Some(Path::new("/nonexistent")), None);
     let error = expect_error(none.and_then(|none| PendingContext::new(Arc::new(none), RCMD, ALL_FLAGS)));
     let text = "No credentials were supplied, or the credentials were unavailable or inaccessible: ";
     assert_eq!(error, format!("{text}No credentials cache found (/nonexistent)"));
