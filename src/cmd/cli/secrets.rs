@@ -27,9 +27,8 @@ pub(crate) fn prompt_password(prompt: &str) -> io::Result<String> {
     tcdrain(&tty)?;
     let settings = tcgetattr(&tty)?;
     let ending = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter();
-    let mut signals: SigSet = ending.filter(|signal| !is_ignored(*signal as i32)).collect();
-    // Ends only the thread below.
-    signals.add(Signal::SIGURG);
+    // SIGURG ends only the thread below.
+    let signals: SigSet = ending.filter(|signal| !is_ignored(*signal as i32)).chain([Signal::SIGURG]).collect();
     // rpassword itself raises the SIGINT of Ctrl-C, which then ends s5 after the prompt.
     signals.thread_block()?;
     let watcher = Builder::new().spawn(move || {
