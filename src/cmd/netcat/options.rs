@@ -165,7 +165,8 @@ pub struct ClientArgs {
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
     pub(crate) linger: Option<Duration>,
 
-    /// exit this long after stdin ends [default: never]. With udp, the default is the time that -w sets, or 2s.
+    /// exit this long after stdin ends [default: never]. Data that the next hop has not accepted by then may be lost.
+    /// With udp, the default is the time that -w sets, or 2s.
     #[argh(option, short = 'q', arg_name = "TIME", from_str_fn(parse_duration))]
     pub(crate) quit_after: Option<Duration>,
 

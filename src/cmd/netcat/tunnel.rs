@@ -112,8 +112,9 @@ async fn relay_local(
     };
     let mut exit_status = None;
     let quit_timed_out = Cell::new(false);
-    let socket = tunnel.as_fd().try_clone_to_owned();
     let outcome = {
+        // Closed with this block, before the tunnel.
+        let socket = args.send_only.then(|| tunnel.as_fd().try_clone_to_owned()).and_then(Result::ok);
         let quit = async {
             // Without stdin, the time of -q begins at once. The relay wakes this task, and is polled first.
             poll_fn(|_| if args.recv_only || stats.is_up_done() { Poll::Ready(()) } else { Poll::Pending }).await;
@@ -122,9 +123,7 @@ async fn relay_local(
                     sleep(time).await;
                     let mut queued = u32::MAX;
                     // A close drops the send queue if the target is still sending.
-                    while args.quit_after.is_none()
-                        && let now @ 1.. = socket.as_ref().map_or(0, send_queue)
-                    {
+                    while let (None, now @ 1..) = (args.quit_after, socket.as_ref().map_or(0, send_queue)) {
                         if now >= replace(&mut queued, now) {
                             let error = format!("no data was accepted for {time:?}, so the last bytes may be lost");
                             return Err(RelayError::Undelivered(io::Error::other(error)));

@@ -123,6 +123,18 @@ fn linger_limits_the_wait_for_stdin() {
     assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0));
 }
 
+#[test]
+fn tunnel_ends_before_a_program_that_outlives_it() {
+    let (target, received) = half_closing_target(V4);
+    let mut program = command(&format!("connect --linger 2s --direct {target} -c"));
+    let mut client = RunningProgram::start(program.arg("exec sleep 6 2>&-"));
+    assert_eq!(received.recv_timeout(TIMEOUT).as_deref(), Ok(&b""[..]));
+    let ended = Instant::now();
+    client.wait_exit(TIMEOUT);
+    // The client then waits for the program, also for 2 s.
+    assert!(ended.elapsed() > Duration::from_secs(1));
+}
+
 /// Starts a target that sends "one", ends its stream, reads `expected` bytes, and resets the connection when the test
 /// says so.
 fn resetting_target(expected: usize) -> (SocketAddr, Sender<()>) {
