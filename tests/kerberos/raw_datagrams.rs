@@ -131,6 +131,8 @@ fn invalid_datagrams_are_dropped_and_association_continues() {
             bytes
         };
         let valid = valid_token();
+        let mut changed = valid_token();
+        changed[4 + 25] ^= 1;
         let mut invalid = vec![
             ("clear", evil.clone()),
             ("clear in a frame", message(DATA, &evil)),
@@ -141,7 +143,7 @@ fn invalid_datagrams_are_dropped_and_association_continues() {
             ("LEN is one less", change(3, valid[3] - 1)),
             ("one extra byte", [&valid_token()[..], &[0]].concat()),
             ("one missing byte", valid[..valid.len() - 1].to_vec()),
-            ("changed", change(4 + 25, 0)),
+            ("changed", changed),
             ("two in one", [valid_token(), valid_token()].concat()),
             ("an empty token", message(DATA, &[])),
             ("half a header", vec![1, 3]),
