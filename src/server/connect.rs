@@ -62,17 +62,15 @@ impl Session {
             return Ok((route, Vec::new()));
         }
         let mut addrs = self.resolve(dst, deadline).await?;
+        let no_address = || SessionError::not_allowed("no allowed address");
         let is_bind = self.log.access_request().command == Some(Command::Bind);
         let (count, mut first_denial, mut first_route) = (addrs.len(), None, None);
         addrs.retain(|addr| {
             let request = AccessRequest { target_ip: Some(addr.ip()), ..self.log.access_request() };
-            let route = match self.authorize(&request) {
-                Ok(None) if is_bind => self.bind_route(&request).map(Some),
-                decided => decided,
-            };
-            match route {
+            let undecided = || if is_bind { self.bind_route(&request) } else { Err(no_address()) };
+            match self.authorize(&request).and_then(|route| route.map_or_else(undecided, Ok)) {
                 // Only addresses with the route of the first allowed one are used.
-                Ok(route) => route.is_some_and(|route| *first_route.get_or_insert(route) == route),
+                Ok(route) => *first_route.get_or_insert(route) == route,
                 Err(denial) => {
                     first_denial.get_or_insert(denial);
                     false
@@ -84,7 +82,6 @@ impl Session {
         if is_bind && has_several && first_route.is_some_and(|route| route.hop.is_some()) {
             addrs.clear();
         }
-        let denial = || first_denial.unwrap_or_else(|| SessionError::not_allowed("no allowed address"));
-        first_route.map(|route| (route, addrs)).ok_or_else(denial)
+        first_route.map(|route| (route, addrs)).ok_or_else(|| first_denial.unwrap_or_else(no_address))
     }
 }

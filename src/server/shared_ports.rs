@@ -3,8 +3,8 @@
 //! Each association has a socket that is bound to the port and connected to its client, so the kernel delivers the
 //! client's datagrams to it. Datagrams from a port of a client that no association has yet are received by one more
 //! socket for each client address. They are handed over to an association of this address that waits for a port, the
-//! oldest one first, or else to one whose port is silent. With GSSAPI, they are handed over to all of these in turn,
-//! until one can unwrap them.
+//! oldest one first, or else to one whose port is silent. With GSSAPI, they are handed over to these in turn, at most
+//! 16, until one can unwrap them. If none can, the next datagrams are handed over to others.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -30,6 +30,8 @@ use crate::proto::{Datagram, Frame};
 const MAX_DATAGRAMS_PER_TURN: usize = 64;
 /// Datagrams that wait for an association until it has connected its socket to their port. More are dropped.
 const MAX_HANDED_OVER: usize = 32;
+/// Associations with GSSAPI that try to unwrap one datagram: any host can send a forged one.
+const MAX_TRIED: usize = 16;
 
 thread_local! {
     /// Buffer for received datagrams, which all groups of a thread share.
@@ -53,6 +55,8 @@ type GroupKey = (SocketAddr, IpAddr);
 #[derive(Default)]
 struct Group {
     members: Vec<Arc<Member>>,
+    /// Index of the first member that tries to unwrap datagrams.
+    first: usize,
     /// The task of the group ends when this is dropped. The guards are for its descriptor, counted against the client of
     /// the association that has started it.
     task: Option<(Sender<Infallible>, Vec<ExtraGuard>)>,
@@ -143,20 +147,29 @@ impl SharedPorts {
     }
 
     /// Hands a datagram over to an association. An unprotected one gets the port of the datagram. Protected ones are
-    /// tried in turn, oldest first, because only unwrapping shows whose datagram it is. `tried` has just failed.
+    /// tried in turn, up to a limit, because only unwrapping shows whose datagram it is. `tried` has just failed.
     /// Returns false if there is none to try.
     fn hand_over(&self, key: GroupKey, from: SocketAddr, bytes: &[u8], tried: Option<&Arc<Member>>) -> bool {
         let is_protected = Frame::datagram_token(&mut bytes.to_vec()).is_some();
         if from.ip() != key.1 || !is_protected && Datagram::decode(bytes).is_err() {
             return false;
         }
-        let groups = lock(&self.groups);
-        let members = groups.get(&key).map(|group| group.members.as_slice()).unwrap_or_default();
-        let last_tried = members.iter().position(|member| tried.is_some_and(|tried| Arc::ptr_eq(member, tried)));
-        let untried = members.iter().skip(last_tried.map_or(0, |index| index + 1));
-        let candidates = untried.filter(|member| member.is_protected == is_protected);
-        let ranked = candidates.filter_map(|member| Some((member.rank(from.port())?, member)));
-        let Some((_, member)) = ranked.min_by_key(|(rank, _)| *rank) else { return false };
+        let mut groups = lock(&self.groups);
+        let Some(Group { members, first, .. }) = groups.get_mut(&key) else { return false };
+        let (start, limit) = if is_protected { (*first, MAX_TRIED) } else { (0, usize::MAX) };
+        let (before, after) = members.split_at(start.min(members.len()));
+        let is_tried = |member: &Arc<Member>| tried.is_some_and(|tried| Arc::ptr_eq(member, tried));
+        let candidates = after.iter().chain(before).filter(|member| member.is_protected == is_protected);
+        let rank = |member: &Member| member.rank(from.port());
+        let mut candidates = candidates.filter(|member| is_tried(member) || rank(member).is_some()).take(limit);
+        let untried = candidates.clone().skip_while(|member| tried.is_some() && !is_tried(member));
+        let usable = untried.filter(|member| !(is_tried(member) || is_protected && member.handed_over.is_full()));
+        let Some(member) = usable.min_by_key(|member| rank(member)) else {
+            if candidates.nth(MAX_TRIED - 1).is_some_and(is_tried) {
+                *first = members.iter().position(is_tried).map_or(0, |index| index + 1);
+            }
+            return false;
+        };
         if !is_protected {
             member.set_port(from.port(), false);
         }

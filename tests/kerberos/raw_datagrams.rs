@@ -114,6 +114,17 @@ fn protected_associations_share_one_port() {
     for udp in [&new, &idle].into_iter().chain(&associations) {
         udp.ping(echo, b"hello");
     }
+    // 16 associations try to unwrap a datagram, which may be forged, and others the next one.
+    let _idle = Vec::from_iter((0..40).map(|_| associate()));
+    let new = associate();
+    new.socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
+    let mut sent = 0;
+    wait_until("an answer arrives", TIMEOUT, || {
+        new.send_raw(&new.wrapped(0, echo, b"repeated"));
+        sent += 1;
+        retry(|| new.socket.recv(&mut [0; 512])).is_ok()
+    });
+    assert!(sent > 2, "more than 16 associations have tried to unwrap a datagram");
 }
 
 #[test]

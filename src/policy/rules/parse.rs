@@ -149,9 +149,8 @@ impl Conditions {
 
 /// Checks the targets of `to=`. Returns whether one is an address or CIDR block.
 fn has_net(targets: &str) -> Result<bool, String> {
-    targets.split(',').try_fold(false, |has_net, target| {
-        parse_target(target).map(|target| has_net || matches!(target, TargetPattern::Net(_)))
-    })
+    let is_net = |target| parse_target(target).map(|target| matches!(target, TargetPattern::Net(_)));
+    targets.split(',').try_fold(false, |has_net, target| Ok(has_net | is_net(target)?))
 }
 
 fn parse_list<T>(values: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Box<[T]>, String> {
