@@ -230,6 +230,8 @@ fn manual_has_every_signal() {
     let sources = sources();
     let names = sources.iter().flat_map(|(_, code)| code.split("Signal::").skip(1));
     let names = names.filter_map(|rest| rest.split(|c: char| !c.is_alphanumeric()).next());
+    // One thread of s5 sends SIGURG to another.
+    let names = names.filter(|name| *name != "SIGURG");
     let names: BTreeSet<String> =
         names.map(|name| format!("SIG{}", name.to_uppercase().trim_start_matches("SIG"))).collect();
     assert_documented(&manual(), "SIGNALS", names, 3);
