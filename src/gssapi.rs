@@ -200,13 +200,14 @@ impl Initiator {
 
     /// Returns the client's ticket for the proxy with this host name. An expired one is an error here or at its use.
     pub async fn acquire_ticket(&self, host: &str) -> GssapiResult<Ticket> {
-        let (service, ccache) = (self.target_name(host)?, self.ccache.clone());
+        let (service, ccache) = (self.target_name(host), self.ccache.clone());
         let acquired = unblock_within_kdc_timeout(move || {
             ffi::available().map_err(GssapiError::Unavailable)?;
-            Credential::initiator(ccache.as_deref(), None).map(Arc::new).map_err(GssapiError::NoCredential)
+            let ticket = Credential::initiator(ccache.as_deref(), None).map_err(GssapiError::NoCredential)?;
+            service.map(|service| (Arc::new(ticket), service))
         });
         let too_slow = || failed(format!("reading the ticket cache took more than {KDC_TIMEOUT:?}"));
-        let ticket = (acquired.await.ok_or_else(too_slow)??, service);
+        let ticket = acquired.await.ok_or_else(too_slow)??;
         let ((used, service), ccache) = (ticket.clone(), self.ccache.clone());
         let permit = self.kdc_permits.try_acquire_arc();
         let expired = unblock_within_kdc_timeout(move || {
