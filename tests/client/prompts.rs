@@ -118,6 +118,16 @@ fn wait_for_prompt(terminal: &RunningProgram, dir: &Path, prompt: &str) {
     });
 }
 
+/// Types the password of alice, and waits for the end of the client. Returns what the terminal shows, without it.
+fn log_in(terminal: &mut RunningProgram, dir: &Path, proxy: &ScriptedServer) -> String {
+    type_at_prompt(terminal, dir, "Password for alice at ", "topsecret");
+    let (status, shown, _) = terminal.wait_exit(TIMEOUT);
+    let shown = text(&shown);
+    assert!(status.success() && !shown.contains("topsecret"), "{status}: {shown}");
+    assert_login(proxy, "alice", b"topsecret");
+    shown
+}
+
 #[test]
 fn password_prompt_on_a_terminal_does_not_echo() {
     if !is_installed("script") {
@@ -131,12 +141,8 @@ fn password_prompt_on_a_terminal_does_not_echo() {
         let (dir, proxy) = (temp_dir(), accepting_proxy());
         let command = command.replace("ADDR", &proxy.url()).replace("TARGET", TARGET);
         let mut terminal = RunningProgram::start(&mut on_a_terminal(dir.path(), &command));
-        type_at_prompt(&mut terminal, dir.path(), "Password for alice at ", "topsecret");
-        let (status, shown, _) = terminal.wait_exit(TIMEOUT);
-        let shown = text(&shown);
-        assert_eq!(status.code(), Some(0), "{shown}");
-        assert_login(&proxy, "alice", b"topsecret");
-        assert!(!shown.contains("topsecret") && shown.contains(payload), "{shown}");
+        let shown = log_in(&mut terminal, dir.path(), &proxy);
+        assert!(shown.contains(payload), "{shown}");
         assert!(shown.split_whitespace().any(|word| word == "echo"), "echo is still off: {shown}");
     }
 }
@@ -187,11 +193,7 @@ fn ignored_signal_at_the_password_prompt_leaves_the_echo_off() {
     wait_for_prompt(&terminal, dir.path(), "Password for alice at ");
     let pid = fs::read_to_string(dir.path().join("pid")).expect("file read");
     send_signal("HUP", pid.trim());
-    type_at_prompt(&mut terminal, dir.path(), "Password for alice at ", "topsecret");
-    let (status, shown, _) = terminal.wait_exit(TIMEOUT);
-    assert!(!text(&shown).contains("topsecret"), "{}", text(&shown));
-    assert_eq!(status.code(), Some(0), "{}", text(&shown));
-    assert_login(&proxy, "alice", b"topsecret");
+    log_in(&mut terminal, dir.path(), &proxy);
 }
 
 #[test]
@@ -243,10 +245,7 @@ fn password_prompt_needs_no_thread() {
     let user = "setpriv --reuid=54321 --regid=54321 --clear-groups";
     let client = format!("exec prlimit --nproc=1 {user} ./s5 {args}");
     let mut terminal = RunningProgram::start(&mut on_a_terminal(dir.path(), &client));
-    type_at_prompt(&mut terminal, dir.path(), "Password for alice at ", "topsecret");
-    let (status, shown, _) = terminal.wait_exit(TIMEOUT);
-    assert_eq!(status.code(), Some(0), "{}", text(&shown));
-    assert_login(&proxy, "alice", b"topsecret");
+    log_in(&mut terminal, dir.path(), &proxy);
 }
 
 #[test]

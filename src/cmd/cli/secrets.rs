@@ -1,5 +1,5 @@
-//! Removes passwords from messages, and from the arguments and the environment of the process. Before that, ps(1) shows
-//! the arguments.
+//! Reads passwords from the terminal. Removes them from messages, and from the arguments and the environment of the
+//! process. Before that, ps(1) shows the arguments.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
