@@ -21,6 +21,7 @@ mod logins;
 mod metrics;
 mod notify;
 mod options;
+pub(crate) mod output_file;
 mod passwords;
 mod policy_handle;
 mod reply;
@@ -64,11 +65,12 @@ use limiter::{DialShares, Limiter};
 use listen::KEEP_SOCKET_FILES;
 pub use listen::{ListenAddr, Listener};
 pub use local_addr::is_local;
-pub use log_queue::{AccessLog, access_line, eprint_line, flush, start_stderr_thread};
+pub use log_queue::{access_line, eprint_line, flush, start_stderr_thread};
 pub use log_shares::{ACCESS_TARGET, LOGFMT_TARGET, admits_detail, current_session};
 use logins::Logins;
 use notify::Notifier;
 pub use options::{Chains, Hop, Options};
+use output_file::append;
 use policy_handle::PolicyHandle;
 use restart::Restarter;
 pub use restart::{RESTART_HELPER, report_failed_start, run_restart_helper};
@@ -121,9 +123,9 @@ pub fn run(mut options: Options, mut policy: Policy, load: &LoadConfiguration<'_
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let is_restricted = !options.no_sandbox;
     // With the rights that it has at a reload.
-    let access_log = options.access_log.clone().map(|log| match (log.open)(&log.path) {
-        Ok(file) => Ok((log, file)),
-        Err(error) => Err(ServerError::AccessLog(log.path, error)),
+    let access_log = options.access_log.clone().map(|path| match append(&path) {
+        Ok(file) => Ok((path, file)),
+        Err(error) => Err(ServerError::AccessLog(path, error)),
     });
     // From now on, a reader of stderr that stops reading stops neither sessions nor signals.
     log_queue::start(access_log.transpose()?).map_err(ServerError::io("start a thread for the log"))?;

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::cli::exit::{CliError, CliResult, ExitStatus};
-use super::cli::output_file;
 use super::netcat::connector::Connector;
 use super::netcat::descriptor;
 use super::netcat::options::ClientArgs;
@@ -19,6 +18,7 @@ use crate::client::{Client, Phase};
 use crate::conn::Conn;
 use crate::net::sleep;
 use crate::proto::{Addr, Command, Host};
+use crate::server::output_file;
 
 /// Time limit for writing the bound address to a named pipe that has no reader yet. `-w` can shorten it.
 const FIFO_WRITE_TIMEOUT: Duration = Duration::from_secs(60);

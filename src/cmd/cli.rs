@@ -8,7 +8,6 @@ pub(super) mod help;
 pub(super) mod logfmt;
 pub(super) mod logger;
 pub(super) mod manual;
-pub(super) mod output_file;
 pub mod secrets;
 pub mod syntax;
 pub(super) mod text_file;

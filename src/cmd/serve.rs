@@ -12,14 +12,13 @@ use log::LevelFilter;
 
 use super::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
 use super::cli::logger::Logger;
-use super::cli::output_file::{append, check_append, resolve_links};
 use crate::client::ClientOptions;
 use crate::gssapi::Initiator;
 use crate::net::LocalAddr;
 use crate::policy::Policy;
 use crate::policy::rules::{self, Route};
 use crate::proto::{DEFAULT_PORT, Method};
-use crate::server::{self, AccessLog, Hop, ListenAddr, Options, RuleOption, ServeArgs};
+use crate::server::{self, Hop, ListenAddr, Options, RuleOption, ServeArgs};
 use hops::HopSources;
 use load::PolicySources;
 
@@ -148,7 +147,6 @@ fn options(mut args: ServeArgs, sources: &PolicySources, policy: &Policy) -> Cli
         ..ClientOptions::default()
     };
     let acceptor = policy.methods.contains(&Method::GSSAPI).then(|| load::gssapi_acceptor(&args));
-    let access_log = |path| AccessLog { path, open: append, check: check_append, resolve: resolve_links };
     Ok(Options {
         inherited: Vec::new(),
         command_line: Vec::new(),
@@ -157,7 +155,6 @@ fn options(mut args: ServeArgs, sources: &PolicySources, policy: &Policy) -> Cli
         gssapi_acceptor: acceptor.transpose()?,
         hop_options: hop_options.into(),
         hops: Vec::new(),
-        access_log: args.access_log.clone().map(access_log),
         reload_files: sources.files().chain(args.keytab.as_deref()).map(Into::into).collect(),
         args,
     })

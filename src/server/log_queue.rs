@@ -19,6 +19,7 @@ use rustix::fs::{fstat, ftruncate, tell};
 use rustix::io::Errno;
 
 use super::log_shares::LOGFMT_TARGET;
+use super::output_file::append;
 use super::shares::lock;
 use crate::counters::{self, Counter};
 
@@ -40,19 +41,6 @@ pub(super) static FOLLOWS_PATH: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
     static WRITES_STDERR: Cell<bool> = const { Cell::new(false) };
-}
-
-/// The file of `--access-log`.
-#[derive(Clone, Debug)]
-pub struct AccessLog {
-    /// Path of the file.
-    pub path: PathBuf,
-    /// Opens the file at the path to append to it, and creates it if it is missing.
-    pub open: fn(&Path) -> io::Result<File>,
-    /// Returns the error of `open`, but creates no file.
-    pub check: fn(&Path) -> io::Result<()>,
-    /// Returns the path of the file that `open` opens, without symbolic links.
-    pub resolve: fn(&Path) -> io::Result<PathBuf>,
 }
 
 /// The lines for a thread.
@@ -83,8 +71,8 @@ impl Queue {
     }
 
     /// Starts the thread. It writes to stderr if there is no file.
-    fn start(&'static self, name: &str, mut file: Option<(AccessLog, File)>) -> io::Result<()> {
-        file.iter().for_each(|(log, _)| drop(self.path.set(log.path.display().to_string())));
+    fn start(&'static self, name: &str, mut file: Option<(PathBuf, File)>) -> io::Result<()> {
+        file.iter().for_each(|(path, _)| drop(self.path.set(path.display().to_string())));
         Builder::new().name(name.into()).spawn(move || self.run(&mut file))?;
         self.is_started.store(true, Ordering::Release);
         Ok(())
@@ -104,14 +92,14 @@ impl Queue {
         }
     }
 
-    fn run(&self, file: &mut Option<(AccessLog, File)>) {
+    fn run(&self, file: &mut Option<(PathBuf, File)>) {
         WRITES_STDERR.set(file.is_none());
         let mut error = None;
         loop {
             let is_idle =
                 |lines: &mut VecDeque<_>| lines.is_empty() && (WRITES_STDERR.get() || !REOPEN.load(Ordering::Relaxed));
             drop(self.has_line.wait_while(lock(&self.lines), is_idle));
-            file.iter_mut().for_each(|(log, file)| log.reopen(file));
+            file.iter_mut().for_each(|(path, file)| reopen(path, file));
             let (mut is_written, had_error) = (false, error.is_some());
             // As many as wait while the first one is written. Later ones follow the report of lost lines.
             for _ in 0..=MAX_LINES {
@@ -159,23 +147,21 @@ impl Queue {
     }
 }
 
-impl AccessLog {
-    /// Opens the file again after [`reopen_access_log`], or if another process has created a new one at the path. After
-    /// an error, the lines still go to the old file.
-    fn reopen(&self, file: &mut File) {
-        let id = |file: Metadata| (file.dev(), file.ino());
-        let is_other = |there| file.metadata().is_ok_and(|open| id(open) != id(there));
-        let is_moved = || FOLLOWS_PATH.load(Ordering::Relaxed) && fs::metadata(&self.path).is_ok_and(is_other);
-        if REOPEN.swap(false, Ordering::Acquire) || is_moved() {
-            match (self.open)(&self.path) {
-                Ok(new) => *file = new,
-                Err(error) => {
-                    // Logged once, and not for each line.
-                    FOLLOWS_PATH.store(false, Ordering::Relaxed);
-                    let is_denied = error.kind() == io::ErrorKind::PermissionDenied;
-                    let remedy = if is_denied { " (see SANDBOX in the manual)" } else { "" };
-                    log::error!("--access-log {}: {error}{remedy}; keeping the open file", self.path.display());
-                }
+/// Opens the file again after [`reopen_access_log`], or if another process has created a new one at the path. After
+/// an error, the lines still go to the old file.
+fn reopen(path: &Path, file: &mut File) {
+    let id = |file: Metadata| (file.dev(), file.ino());
+    let is_other = |there| file.metadata().is_ok_and(|open| id(open) != id(there));
+    let is_moved = || FOLLOWS_PATH.load(Ordering::Relaxed) && fs::metadata(path).is_ok_and(is_other);
+    if REOPEN.swap(false, Ordering::Acquire) || is_moved() {
+        match append(path) {
+            Ok(new) => *file = new,
+            Err(error) => {
+                // Logged once, and not for each line.
+                FOLLOWS_PATH.store(false, Ordering::Relaxed);
+                let is_denied = error.kind() == io::ErrorKind::PermissionDenied;
+                let remedy = if is_denied { " (see SANDBOX in the manual)" } else { "" };
+                log::error!("--access-log {}: {error}{remedy}; keeping the open file", path.display());
             }
         }
     }
@@ -224,7 +210,7 @@ pub fn start_stderr_thread() -> io::Result<()> {
 }
 
 /// Starts the threads.
-pub(super) fn start(access_log: Option<(AccessLog, File)>) -> io::Result<()> {
+pub(super) fn start(access_log: Option<(PathBuf, File)>) -> io::Result<()> {
     start_stderr_thread()?;
     access_log.map_or(Ok(()), |log| ACCESS_LOG.start("s5-access-log", Some(log)))
 }

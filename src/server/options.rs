@@ -10,7 +10,6 @@ use ipnet::IpNet;
 
 use super::args::ServeArgs;
 use super::listen::Listener;
-use super::log_queue::AccessLog;
 use super::shares::lock;
 use crate::client::{ClientOptions, Proxy};
 use crate::gssapi::Acceptor;
@@ -36,8 +35,6 @@ pub struct Options {
     pub hop_options: Arc<ClientOptions>,
     /// Upstreams that rules can select. [`Route::hop`](crate::policy::rules::Route::hop) is an index into this list.
     pub hops: Vec<Arc<Hop>>,
-    /// File for the lines of ended sessions. `None`: stderr.
-    pub access_log: Option<AccessLog>,
     /// Files of the command line that the server opens again.
     pub reload_files: Vec<PathBuf>,
 }

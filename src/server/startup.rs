@@ -12,8 +12,8 @@ use super::args::ServeArgs;
 use super::inherited::{from_predecessor, is_successor};
 use super::listen::{ListenAddr, Listener};
 use super::local_addr::is_local;
-use super::log_queue::AccessLog;
 use super::options::Options;
+use super::output_file::check_append;
 use super::sandbox;
 use crate::client::{Endpoint, Proxy};
 use crate::net::{OutboundOptions, bind_outbound, canonical, parse_literal};
@@ -49,8 +49,8 @@ pub fn check(mut options: Options, mut policy: Policy) -> Result<(), ServerError
         policy.metrics_addrs = check_listen(listen, "--metrics", listens.iter(), &addrs)?;
     }
     prepare(&mut policy, &options, addrs)?();
-    let Some(AccessLog { path, check, .. }) = options.access_log else { return Ok(()) };
-    check(&path).map_err(|error| ServerError::AccessLog(path, error))
+    let Some(path) = &options.access_log else { return Ok(()) };
+    check_append(path).map_err(|error| ServerError::AccessLog(path.clone(), error))
 }
 
 /// Sets the addresses that a server with these options would have, without opening a port.

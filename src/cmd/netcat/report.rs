@@ -15,10 +15,10 @@ use super::descriptor;
 use crate::client::{Client, Phase};
 use crate::cmd::cli::escape::quote;
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, eprint_line};
-use crate::cmd::cli::output_file;
 use crate::cmd::cli::syntax::OPTIONAL_VALUE;
 use crate::net::{ByteCounts, RelayStats, Side};
 use crate::proto::Addr;
+use crate::server::output_file;
 
 /// Where to write one object per line.
 #[derive(Clone, Default)]

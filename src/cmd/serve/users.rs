@@ -9,9 +9,9 @@ use std::path::Path;
 
 use super::load::{MAX_USERS_FILE, file_error, read_file};
 use crate::cmd::cli::exit::{CliError, CliResult, ExitStatus, escape};
-use crate::cmd::cli::{output_file, secrets};
+use crate::cmd::cli::secrets;
 use crate::policy::users::{self, Users};
-use crate::server::is_successor;
+use crate::server::{is_successor, output_file};
 
 /// Variable with the entry of the user for a process that replaces this one: the password is no longer known then.
 pub(super) const ENTRY_VARIABLE: &str = "S5_USER_ENTRY";

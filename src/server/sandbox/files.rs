@@ -11,6 +11,7 @@ use landlock::{
 
 use crate::server::listen::ListenAddr;
 use crate::server::options::Options;
+use crate::server::output_file::resolve_links;
 use crate::server::run_as::RunAs;
 
 /// Highest version whose access rights are restricted. The crate leaves out those that the kernel does not know.
@@ -102,15 +103,15 @@ fn allowed(options: &Options) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     });
     // The files of the sockets are removed at the end.
     all.extend(sockets.map(|dir| (dir, AccessFs::RemoveFile.into())));
-    if let Some(log) = &options.access_log {
-        match (fs::canonicalize(&log.path), fs::metadata(&log.path)) {
+    if let Some(path) = &options.access_log {
+        match (fs::canonicalize(path), fs::metadata(path)) {
             // A device or a pipe, which is not created again.
             (Ok(file), Ok(metadata)) if !metadata.is_file() => all.push((file, write)),
             // A pipe without a path, such as /dev/stdout. Landlock does not restrict it.
             (Err(_), Ok(_)) => {}
             // No rule can name a new file. After a rotation, it may replace a link.
             (_, _) => {
-                let files = (log.resolve)(&log.path).into_iter().chain([log.path.clone()]);
+                let files = resolve_links(path).into_iter().chain([path.clone()]);
                 let dirs = files.filter_map(|file| dir_of(&file));
                 all.extend(dirs.map(|dir| (dir, write | AccessFs::MakeReg)));
             }
